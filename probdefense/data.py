@@ -1,0 +1,152 @@
+"""Data sets in pixels [0, 1]: digits offline, the others through torchvision from a folder you name."""
+
+import importlib
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from probdefense.validation import check_member
+
+_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+
+
+class Split(NamedTuple):
+    """A training and a test set."""
+
+    train: TensorDataset
+    test: TensorDataset
+
+
+class Source(NamedTuple):
+    """What to know of a data set: its torchvision class, image shape, classes and usual radius."""
+
+    torchvision: str
+    shape: tuple[int, int, int]
+    eps: float
+    about: str
+
+
+SOURCES = {
+    "digits": Source("", (1, 8, 8), 0.2, "1,797 handwritten digits of 8x8 pixels, part of scikit-learn"),
+    "mnist": Source("MNIST", (1, 28, 28), 0.3, "70,000 handwritten digits of 28x28 pixels"),
+    "fashion-mnist": Source("FashionMNIST", (1, 28, 28), 0.1, "70,000 articles of clothing, 28x28 pixels"),
+    "cifar10": Source("CIFAR10", (3, 32, 32), 8 / 255, "60,000 color images of 32x32 pixels"),
+    "stl10": Source("STL10", (3, 96, 96), 8 / 255, "13,000 color images of 96x96 pixels"),
+}
+
+
+def digits() -> Split:
+    """The 8x8 digits that scikit-learn ships, 1,437 for training and 360 for test.
+
+    Pixels are sixteenths in [0, 1]; every class has the same share in both sets, and the split never
+    changes.
+
+    Returns:
+        ``(train, test)``, data sets of images ``(1, 8, 8)`` and labels.
+
+    References:
+        Alpaydin and Kaynak, 1998, [Optical Recognition of Handwritten
+        Digits](https://archive.ics.uci.edu/dataset/80)
+
+    Example:
+        >>> train, test = digits()
+        >>> len(train), test.tensors[0].shape
+        (1437, torch.Size([360, 1, 8, 8]))
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.as_tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    y = torch.as_tensor(labels, dtype=torch.int64)
+    train, test = train_test_split(range(len(y)), test_size=360, stratify=labels, random_state=0)
+    return Split(TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test]))
+
+
+def load(name: str, root: str | os.PathLike[str] | None = None) -> Split:
+    """A data set by name, as tensors in memory.
+
+    Args:
+        name: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10`` or ``stl10``.
+        root: The folder that torchvision reads; the variable ``PROBDEFENSE_DATA`` by default. Absent
+            data are downloaded there if a network is at hand.
+
+    Returns:
+        ``(train, test)``.
+
+    Raises:
+        ValueError: unknown name, or no folder given.
+        FileNotFoundError: the data are neither there nor to be downloaded; the message says what goes where.
+
+    Example:
+        >>> len(load("digits").test)
+        360
+    """
+    check_member("data set", name, SOURCES)
+    if name == "digits":
+        return digits()
+    root = root or os.environ.get("PROBDEFENSE_DATA")
+    if not root:
+        raise ValueError(
+            f"{name} needs a folder; pass --data-root (root=) or set PROBDEFENSE_DATA to the folder "
+            "that holds, or may receive, the data"
+        )
+    return Split(*(_from_torchvision(name, Path(root), train) for train in (True, False)))
+
+
+def _from_torchvision(name: str, root: Path, train: bool) -> TensorDataset:
+    kind = getattr(import_torchvision().datasets, SOURCES[name].torchvision)
+    part = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
+    try:
+        found = kind(str(root), download=False, **part)
+    except RuntimeError:
+        try:
+            found = kind(str(root), download=True, **part)
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{name} is not in {root} and could not be downloaded; put {_expected(name)} there"
+            ) from error
+    images = torch.as_tensor(found.data)
+    labels = found.targets if hasattr(found, "targets") else found.labels
+    return TensorDataset(_pixels(images, name), torch.as_tensor(labels, dtype=torch.int64))
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also where its compiled operators do not match the installed build of torch.
+
+    A wheel compiled for CUDA beside a CPU build of torch fails to import, because it describes
+    operators that were not loaded. Data sets and networks do not use them, so they are declared.
+    """
+    for _ in range(10):
+        try:
+            return importlib.import_module("torchvision")
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            _DECLARED.define(f"{missing[1]}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    raise ImportError("torchvision does not fit the installed torch; install matching versions")
+
+
+def _pixels(images: Tensor, name: str) -> Tensor:
+    """Bytes in any layout to floats ``(batch, channels, height, width)`` in [0, 1]."""
+    if images.dim() == 3:
+        images = images.unsqueeze(1)
+    elif images.shape[1:] != SOURCES[name].shape:
+        images = images.permute(0, 3, 1, 2)
+    return images.contiguous().to(torch.float32) / 255
+
+
+def _expected(name: str) -> str:
+    return {
+        "mnist": "the four idx files in MNIST/raw",
+        "fashion-mnist": "the four idx files in FashionMNIST/raw",
+        "cifar10": "the python version in cifar-10-batches-py",
+        "stl10": "the binary files in stl10_binary",
+    }[name]

@@ -1,0 +1,155 @@
+r"""Random Self-Ensemble: noise before every convolution, in training and at test.
+
+Liu et al., 2018, [Towards Robust Neural Networks via Random Self-ensemble](https://arxiv.org/abs/1712.00673).
+Each convolution sees $x + \sigma \varepsilon$ with fresh $\varepsilon \sim N(0, I)$; the noise met first,
+on the raw pixels, has its own scale. Prediction averages the probabilities of many draws.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import pyro.distributions as dist
+import torch
+from torch import nn
+from torch.distributions import Distribution
+
+from probdefense.defense import Defense
+from probdefense.defenses.host import device_and_dtype, host
+from probdefense.nn.noise import Noise
+from probdefense.nn.passes import input_shapes
+from probdefense.nn.placeholder import placeholders
+from probdefense.nn.surgery import insert_at_input, insert_before, matching
+from probdefense.sites import Fixed, NoiseSite, Site, Spread, layer_name
+from probdefense.types import Inputs
+from probdefense.validation import check_member, check_positive
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def rse(
+    net: nn.Module,
+    *,
+    num_data: int | None = None,
+    sigma_init: float = 0.2,
+    sigma_inner: float = 0.1,
+    scale: Literal["fixed", "learned", "variational"] = "fixed",
+    scale_shape: Literal["scalar", "channel", "element"] = "scalar",
+    init_at: Literal["input", "conv"] = "input",
+    before_linear: bool = False,
+    where: Callable[[str, nn.Module], bool] | None = None,
+    family: Distribution | None = None,
+    multiplicative: bool = False,
+    floor: float = 0.0,
+    when: Literal["always", "train", "test"] = "always",
+    example: Inputs | None = None,
+) -> Defense:
+    r"""Puts noise before every convolution of a network, shortcut ones included.
+
+    Args:
+        net: A network or a `Defense`; it is copied, parameters keep their names.
+        num_data: Size of the training set; needed only for ``scale="variational"``.
+        sigma_init: Scale of the noise met first, in pixels with ``init_at="input"``.
+        sigma_inner: Scale of every other noise, in units of the activations.
+        scale: ``"fixed"`` (the paper); ``"learned"``, one trained scale in model and guide, no KL;
+            ``"variational"``, a trained posterior scale against the fixed prior one, with a KL per
+            example whose weight should be of order 1e-3 (at 1 the posterior is the prior).
+        scale_shape: One trained scale per layer, per channel, or per element (needs `example`).
+        init_at: The first noise sits on the raw input, before any normalization inside the network,
+            or directly before the first convolution.
+        before_linear: Whether linear layers get noise too, the last one included.
+        where: ``(path, module) -> bool``, which modules get noise; overrides `before_linear`.
+        family: Standard distribution of the noise, ``Normal(0, 1)`` by default.
+        multiplicative: Whether the noise multiplies its input.
+        floor: The smallest value of a learned scale.
+        when: Noise always, or only in training or only at test (the ablation of the paper's Fig. 2).
+        example: A batch of inputs, for ``scale_shape="element"``.
+
+    Returns:
+        A `Defense` whose sites are named after the layers.
+
+    Raises:
+        ValueError: no module to put noise before, or an option outside its choices.
+
+    References:
+        Liu et al., 2018, [Towards Robust Neural Networks via Random Self-ensemble](https://arxiv.org/abs/1712.00673)
+
+    Example:
+        >>> import probdefense as pd
+        >>> list(rse(pd.models.small_cnn()).sites)
+        ['input_noise', '2.noise']
+    """
+    check_positive("sigma_init", sigma_init, zero=True)
+    check_positive("sigma_inner", sigma_inner, zero=True)
+    check_member("scale", scale, ("fixed", "learned", "variational"))
+    check_member("scale_shape", scale_shape, ("scalar", "channel", "element"))
+    check_member("init_at", init_at, ("input", "conv"))
+    net, sites, num_data = host(net, num_data)
+    kinds = (nn.Module,) if where else CONVOLUTIONS + ((nn.Linear,) if before_linear else ())
+    hosts = dict(matching(net, kinds, where))
+    if not hosts:
+        wanted = "where(path, module)" if where else " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f"found nothing to put noise before in {type(net).__name__}; looked for {wanted}; "
+            "pass before_linear=True or where="
+        )
+
+    def layer(sigma: float, shape: tuple[int, ...]) -> Noise:
+        learned = scale == "learned"
+        return Noise(
+            sigma,
+            family=family,
+            learned=learned,
+            shape=shape if learned else (),
+            floor=floor,
+            multiplicative=multiplicative,
+            when=when,
+        ).to(device_and_dtype(net))
+
+    met = input_shapes(net, list(hosts), _guess(hosts) if example is None else example)
+    first = next(iter(met), next(iter(hosts)))
+
+    def shape_at(path: str) -> tuple[int, ...]:
+        if scale_shape == "scalar":
+            return ()
+        if scale_shape == "channel":
+            return _channels(hosts[path])
+        if example is None:
+            raise ValueError("scale_shape='element' needs the shapes of the activations; pass example=x")
+        return tuple(example.shape[1:] if path == first and init_at == "input" else met[path])
+
+    holes = {}
+    for path, module in hosts.items():
+        noise = layer(sigma_init if path == first else sigma_inner, shape_at(path))
+        if path == first and init_at == "input":
+            name = insert_at_input(net, "input_noise", noise)
+        else:
+            name = ".".join(filter(None, [path, insert_before(module, "noise", noise)]))
+        holes[f"{name}.eps"] = shape_at(path)
+    if scale == "variational":
+        sites = [*sites, *(_variational(net, path, shape) for path, shape in holes.items())]
+    return Defense.from_sites(net, sites, num_data)
+
+
+def _guess(hosts: dict[str, nn.Module]) -> Inputs:
+    """An input that the first registered host accepts: enough to see which host runs first."""
+    module = next(iter(hosts.values()))
+    dims = next((d for d, kind in enumerate(CONVOLUTIONS, 1) if isinstance(module, kind)), 0)
+    channels = getattr(module, "in_channels", getattr(module, "in_features", 1))
+    return torch.zeros(1, channels, *[32] * dims)
+
+
+def _channels(module: nn.Module) -> tuple[int, ...]:
+    """The shape of one scale per channel of what a module receives."""
+    if isinstance(module, CONVOLUTIONS):
+        return (module.in_channels, *[1] * len(module.kernel_size))
+    return (getattr(module, "in_features", 1),)
+
+
+def _variational(net: nn.Module, path: str, shape: tuple[int, ...]) -> Site:
+    hole = placeholders(net)[path]
+    if not isinstance(hole.family, dist.Normal | dist.Laplace):
+        raise ValueError(
+            f"scale='variational' needs Normal or Laplace noise, got {type(hole.family).__name__}"
+        )
+    prior, posterior = Fixed(hole.family), Spread(shape, type(hole.family))
+    return NoiseSite(layer_name(path), prior.to(hole.value), posterior.to(hole.value), path)

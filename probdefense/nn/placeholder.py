@@ -1,0 +1,73 @@
+"""The hole in a network where a random value will stand. Layers hold holes; they never sample."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+
+class Placeholder(nn.Module):
+    """A named hole for one random value per example, holding a neutral value until it is filled.
+
+    `torch.func.functional_call` fills it by its buffer names: ``value`` for the first time the layer
+    runs in a forward pass, ``value1``, ``value2``, ... for later times (a reused layer).
+
+    Args:
+        family: Standard distribution of one element, for example ``Normal(0, 1)``.
+        neutral: The value that leaves the network as if the hole were not there.
+        per_element: One value for every element of the input, or one for the whole example.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> Placeholder(dist.Normal(0.0, 1.0))(torch.ones(2, 3))
+        tensor(0.)
+    """
+
+    value: Tensor
+
+    def __init__(self, family: Distribution, *, neutral: float = 0.0, per_element: bool = True):
+        super().__init__()
+        self.family, self.per_element = family, per_element
+        self.uses = 0
+        self.on_use: Callable[[int, torch.Size], None] | None = None
+        self.register_buffer("value", torch.tensor(neutral), persistent=False)
+
+    def buffer_name(self, use: int) -> str:
+        """The name under which the value of a use is filled; its buffer is made on first demand."""
+        name = f"value{use or ''}"
+        if name not in self._buffers:
+            self.register_buffer(name, self.value.detach().clone(), persistent=False)
+        return name
+
+    def forward(self, like: Tensor) -> Tensor:
+        """The value of this use, broadcastable against `like` ``(batch, *event)``."""
+        use, self.uses = self.uses, self.uses + 1
+        if self.on_use is not None:
+            event = like.shape[1:]
+            self.on_use(use, event if self.per_element else torch.Size([1] * len(event)))
+        return self._buffers.get(f"value{use or ''}", self.value)  # type: ignore[return-value]
+
+
+def placeholders(net: nn.Module) -> dict[str, Placeholder]:
+    """Every hole of a network, by path."""
+    return {path: module for path, module in net.named_modules() if isinstance(module, Placeholder)}
+
+
+@contextmanager
+def recording(holes: dict[str, Placeholder]) -> Iterator[list[tuple[str, int, torch.Size]]]:
+    """Collects ``(path, use, event shape)`` of every hole, in the order of execution."""
+    seen: list[tuple[str, int, torch.Size]] = []
+    for path, hole in holes.items():
+        hole.uses, hole.on_use = 0, partial(_note, seen, path)
+    try:
+        yield seen
+    finally:
+        for hole in holes.values():
+            hole.uses, hole.on_use = 0, None
+
+
+def _note(seen: list[tuple[str, int, torch.Size]], path: str, use: int, shape: torch.Size) -> None:
+    seen.append((path, use, shape))

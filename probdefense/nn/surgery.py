@@ -1,0 +1,70 @@
+"""Putting layers into a trained network by hooks, so that every parameter keeps its name."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def insert_before(host: nn.Module, name: str, layer: nn.Module) -> str:
+    """Runs `layer` on the first input of `host`; returns the name it got inside the host."""
+    name = free_name(host, name)
+    host.add_module(name, layer)
+    host.register_forward_pre_hook(partial(_run_before, name))
+    return name
+
+
+def insert_after(host: nn.Module, name: str, layer: nn.Module) -> str:
+    """Runs `layer` on the output of `host`; returns the name it got inside the host."""
+    name = free_name(host, name)
+    host.add_module(name, layer)
+    host.register_forward_hook(partial(_run_after, name))
+    return name
+
+
+def insert_at_input(net: nn.Module, name: str, layer: nn.Module) -> str:
+    """Runs `layer` on the raw input of a network, before anything else sees it."""
+    if type(net).forward is not nn.Sequential.forward:
+        return insert_before(net, name, layer)
+    # A Sequential runs every child in order, so the layer becomes its first child.
+    name = free_name(net, name)
+    children = dict(net._modules)
+    net._modules.clear()
+    net._modules.update({name: layer, **children})
+    return name
+
+
+def reads_raw_input(net: nn.Module, layer: nn.Module) -> bool:
+    """Whether the whole network sees its input through `layer` alone, by construction."""
+    if type(net).forward is nn.Sequential.forward and len(net._modules):
+        first = next(iter(net._modules.values()))
+        return first is layer or (first is not None and reads_raw_input(first, layer))
+    hook = next(iter(net._forward_pre_hooks.values()), None)
+    return isinstance(hook, partial) and hook.func is _run_before and net.get_submodule(hook.args[0]) is layer
+
+
+def free_name(host: nn.Module, name: str) -> str:
+    """The name, or the first of ``name_1``, ``name_2``, ... that the module does not use yet."""
+    taken, number = name, 0
+    while hasattr(host, taken):
+        number += 1
+        taken = f"{name}_{number}"
+    return taken
+
+
+def matching(
+    net: nn.Module, kinds: tuple[type[nn.Module], ...], where: Callable[[str, nn.Module], bool] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the given kinds, once each, by path, that the predicate accepts."""
+    for path, module in net.named_modules():
+        if isinstance(module, kinds) and (where is None or where(path, module)):
+            yield path, module
+
+
+def _run_before(name: str, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (host.get_submodule(name)(args[0]), *args[1:])
+
+
+def _run_after(name: str, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return host.get_submodule(name)(output)

@@ -112,7 +112,7 @@ def counted(logits_fn: LogitsFn) -> Counted:
     Args:
         logits_fn: Any `LogitsFn`.
 
-    Example:
+    Examples:
         >>> import probdefense as pd
         >>> cost = counted(pd.deterministic(torch.nn.Linear(4, 3)))
         >>> logits = cost(torch.rand(5, 4))

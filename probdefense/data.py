@@ -54,7 +54,7 @@ def digits() -> Split:
         Alpaydin and Kaynak, 1998, [Optical Recognition of Handwritten
         Digits](https://archive.ics.uci.edu/dataset/80)
 
-    Example:
+    Examples:
         >>> train, test = digits()
         >>> len(train), test.tensors[0].shape
         (1437, torch.Size([360, 1, 8, 8]))
@@ -84,7 +84,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Split:
         ValueError: unknown name, or no folder given.
         FileNotFoundError: the data are neither there nor to be downloaded; the message says what goes where.
 
-    Example:
+    Examples:
         >>> len(load("digits").test)
         360
     """

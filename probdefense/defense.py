@@ -45,7 +45,7 @@ class Defense(nn.Module):
         TypeError: plain functions instead of modules.
         ValueError: a guide that has no parameters yet.
 
-    Example:
+    Examples:
         >>> import probdefense as pd
         >>> defense = pd.defenses.rse(pd.models.small_cnn())
         >>> defense(torch.rand(2, 1, 8, 8), num_samples=4).shape
@@ -78,7 +78,7 @@ class Defense(nn.Module):
             sites: What is random, in the order in which it is drawn.
             num_data: Size of the training set, which weighs the KL term against the likelihood.
 
-        Example:
+        Examples:
             >>> import probdefense as pd
             >>> net = torch.nn.Sequential(pd.nn.Noise(0.1), torch.nn.Flatten(), torch.nn.Linear(64, 10))
             >>> [name for name in Defense.from_sites(net, []).sites]
@@ -124,6 +124,8 @@ class Defense(nn.Module):
         for site in self.sites.values():
             layer = self.net.get_submodule(layer_name(site.path)) if isinstance(site, NoiseSite) else None
             if not isinstance(layer, Noise) or layer.multiplicative or layer.when == "train":
+                continue
+            if layer.when == "test" and layer.training:
                 continue
             if reads_raw_input(self.net, layer):
                 scale = layer.scale if site.posterior is None else layer.scale * site.posterior().stddev
@@ -198,7 +200,8 @@ class Defense(nn.Module):
         Args:
             x: ``(batch, *event)``.
             y: ``(batch,)``.
-            draws: Values of all sites from `draw`; fresh ones by default.
+            draws: Values of all sites from `draw`; fresh ones by default, with a choice between the
+                members of an ensemble enumerated so that every member is trained.
 
         Raises:
             ValueError: a batch larger than `num_data`, or labels that the logits have no column for.
@@ -215,6 +218,14 @@ class Defense(nn.Module):
         for hook in self._step_hooks.values():
             hook(step, y)
         return step
+
+    def move_statistics(self, x: Inputs) -> None:
+        """Moves the running statistics of layers in training mode by one batch at one draw.
+
+        Nothing is trained and no step hook sees it.
+        """
+        with torch.no_grad():
+            self._engine.step(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), None)
 
     def draw(self, x: Inputs) -> Draws:
         """One joint draw of every site for a batch, differentiable in the parameters."""
@@ -276,7 +287,7 @@ def deterministic(net: nn.Module, *, num_data: int | None = None) -> Defense:
     Raises:
         TypeError: not a module, or a `Defense` already.
 
-    Example:
+    Examples:
         >>> deterministic(torch.nn.Linear(4, 3))(torch.rand(2, 4)).shape
         torch.Size([1, 2, 3])
     """

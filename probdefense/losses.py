@@ -6,6 +6,7 @@ space and unchanged by a constant added to the logits. Larger means closer to an
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from probdefense.ops import log_mean_exp
 from probdefense.rules import mean_prob, score_margin
@@ -28,7 +29,7 @@ def expected_cross_entropy(logits: Logits, y: Labels) -> Tensor:
     References:
         Athalye et al., 2018, [Synthesizing Robust Adversarial Examples](https://arxiv.org/abs/1707.07397)
 
-    Example:
+    Examples:
         >>> expected_cross_entropy(torch.zeros(2, 1, 2), torch.tensor([1]))
         tensor([0.6931])
     """
@@ -52,7 +53,7 @@ def predictive_cross_entropy(logits: Logits, y: Labels) -> Tensor:
         Salman et al., 2019, [Provably Robust Deep Learning via Adversarially Trained Smoothed
         Classifiers](https://arxiv.org/abs/1906.04584)
 
-    Example:
+    Examples:
         >>> predictive_cross_entropy(torch.tensor([[[0.0, 400.0]], [[0.0, 200.0]]]), torch.tensor([0]))
         tensor([200.6931])
     """
@@ -73,7 +74,7 @@ def margin(logits: Logits, y: Labels) -> Tensor:
         Carlini and Wagner, 2017, [Towards Evaluating the Robustness of Neural
         Networks](https://arxiv.org/abs/1608.04644)
 
-    Example:
+    Examples:
         >>> margin(torch.tensor([[[3.0, 1.0, 0.0]]]), torch.tensor([0]))
         tensor([-2.])
     """
@@ -96,11 +97,33 @@ def predictive_margin(logits: Logits, y: Labels) -> Tensor:
         Carlini and Wagner, 2017, [Towards Evaluating the Robustness of Neural
         Networks](https://arxiv.org/abs/1608.04644)
 
-    Example:
+    Examples:
         >>> predictive_margin(torch.tensor([[[3.0, 1.0, 0.0]]]), torch.tensor([0]))
         tensor([-2.])
     """
     return -score_margin(mean_prob(logits), y)
+
+
+def predictive_log_odds(logits: Logits, y: Labels) -> Tensor:
+    r"""Odds against the label by the mean probability, $\log (1 - \bar p_y) - \log \bar p_y$.
+
+    Its gradient has the direction of that of `predictive_cross_entropy` and never dies out: where a
+    network is so sure that $\bar p_y$ rounds to 1, the cross-entropy is flat and the odds are not.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, in nats; positive where the label has less than half of the probability.
+
+    Examples:
+        >>> predictive_log_odds(torch.tensor([[[90.0, 0.0]]]), torch.tensor([0]))
+        tensor([-90.])
+    """
+    log_probs = mean_prob(logits)
+    truth = one_hot(y, logits.shape[-1]).bool()
+    return log_probs.masked_fill(truth, -torch.inf).logsumexp(-1) - _at(log_probs, y)
 
 
 def dlr(logits: Logits, y: Labels) -> Tensor:
@@ -122,13 +145,45 @@ def dlr(logits: Logits, y: Labels) -> Tensor:
         Croce and Hein, 2020, [Reliable evaluation of adversarial robustness with an ensemble of
         diverse parameter-free attacks](https://arxiv.org/abs/2003.01690)
 
-    Example:
+    Examples:
         >>> dlr(torch.tensor([[[3.0, 1.0, -1.0]]]), torch.tensor([0]))
         tensor([-0.5000])
     """
     ranked = logits.topk(min(3, logits.shape[-1]), dim=-1).values
     spread = (ranked[..., 0] - ranked[..., -1]).clamp_min(1e-12)
     return -(score_margin(logits, y) / spread).mean(0)
+
+
+def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Tensor:
+    r"""The form of `dlr` that aims for a class, averaged over draws.
+
+    $$ \frac{z_t - z_y}{z_{\pi_1} - \frac12 (z_{\pi_3} + z_{\pi_4})} $$
+
+    Attacks with a ``target`` climb it when their loss is `dlr`; with fewer than four classes the last
+    ones stand in for the missing.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+        target: Classes wanted, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, without unit.
+
+    References:
+        Croce and Hein, 2020, [Reliable evaluation of adversarial robustness with an ensemble of
+        diverse parameter-free attacks](https://arxiv.org/abs/2003.01690)
+
+    Examples:
+        >>> targeted_dlr(torch.tensor([[[3.0, 1.0, 0.0, -2.0]]]), torch.tensor([0]), torch.tensor([1]))
+        tensor([-0.5000])
+    """
+    ranked = logits.topk(min(4, logits.shape[-1]), dim=-1).values
+    spread = (ranked[..., 0] - ranked[..., min(2, logits.shape[-1] - 1) :].mean(-1)).clamp_min(1e-12)
+    return ((_at(logits, target) - _at(logits, y)) / spread).mean(0)
+
+
+dlr.toward = targeted_dlr  # type: ignore[attr-defined]
 
 
 def vote_margin(logits: Logits, y: Labels) -> Tensor:
@@ -148,7 +203,7 @@ def vote_margin(logits: Logits, y: Labels) -> Tensor:
         Dbouk and Shanbhag, 2022, [Adversarial Vulnerability of Randomized
         Ensembles](https://arxiv.org/abs/2206.06737), for why averaged margins fail for votes.
 
-    Example:
+    Examples:
         >>> vote_margin(torch.tensor([[[0.0, 100.0]], [[100.0, 0.0]]]), torch.tensor([0]))
         tensor([0.])
     """

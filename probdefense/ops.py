@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,11 +18,21 @@ def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
         values: Any shape; the mean runs over `dim`.
         dim: The axis of the draws.
 
-    Example:
+    Examples:
         >>> log_mean_exp(torch.tensor([1000.0, 1000.0]))
         tensor(1000.)
     """
     return values.logsumexp(dim) - math.log(values.shape[dim])
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    r"""Entropy $-\sum_k p_k \log p_k$ in nats, ``(..., classes) -> (...)``; zero probabilities count 0.
+
+    Examples:
+        >>> entropy(torch.tensor([0.5, 0.5, 0.0]).log())
+        tensor(0.6931)
+    """
+    return -torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * log_probs).sum(-1)
 
 
 def per_example(values: Tensor, like: Tensor) -> Tensor:
@@ -29,14 +40,34 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
+def annealed(first: float, last: float, progress: float) -> float:
+    """Half a cosine wave from `first` at progress 0 to `last` at progress 1.
+
+    Examples:
+        >>> [round(annealed(1.0, 0.0, p), 2) for p in (0.0, 0.5, 1.0)]
+        [1.0, 0.5, 0.0]
+    """
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
 def lp_norm(delta: Tensor, norm: Norm) -> Tensor:
     """The norm of every example's perturbation, ``(batch, *event) -> (batch,)``, in pixels.
 
-    Example:
+    Examples:
         >>> lp_norm(torch.tensor([[3.0, -4.0]]), 2)
         tensor([5.])
     """
     return torch.linalg.vector_norm(delta.flatten(1), ord=norm, dim=1)
+
+
+def movable(gradient: Tensor, points: Tensor) -> Tensor:
+    """The gradient without the coordinates at which the box [0, 1] stops a step along it.
+
+    Examples:
+        >>> movable(torch.tensor([-1.0, 1.0, 2.0]), torch.tensor([0.0, 0.0, 1.0]))
+        tensor([0., 1., 0.])
+    """
+    return gradient.masked_fill(((points <= 0) & (gradient < 0)) | ((points >= 1) & (gradient > 0)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -48,7 +79,7 @@ class Ball:
         eps: Radius in pixels, one number or one per example ``(batch,)``.
         norm: 1, 2 or ``inf``.
 
-    Example:
+    Examples:
         >>> ball = Ball(torch.full((1, 2), 0.9), eps=0.2, norm=math.inf)
         >>> ball.project(torch.tensor([[2.0, 0.5]]))
         tensor([[1.0000, 0.7000]])
@@ -58,7 +89,7 @@ class Ball:
     eps: float | Tensor
     norm: Norm = math.inf
 
-    @property
+    @cached_property
     def radius(self) -> Tensor:
         """The radius of every example, shaped to broadcast against ``x``."""
         eps = torch.as_tensor(self.eps, dtype=self.x.dtype, device=self.x.device)
@@ -75,15 +106,20 @@ class Ball:
         Exact for l-inf and, by one threshold search, for L1 with the box; for L2 the ball comes
         first and the box second, which lands inside both because ``x`` is in the box.
         """
-        delta = points - self.x
         if self.norm == math.inf:
-            delta = delta.clamp(-self.radius, self.radius)
-        elif self.norm == 2:
+            return points.clamp(*self._bounds)
+        delta = points - self.x
+        if self.norm == 2:
             size = per_example(lp_norm(delta, 2), delta)
             delta = delta * (self.radius / size.clamp_min(1e-12)).clamp_max(1.0)
         else:
             delta = _l1_in_box(delta, self.x, self.radius)
         return (self.x + delta).clamp(0.0, 1.0)
+
+    @cached_property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """The lowest and highest allowed pixels of the l-inf ball."""
+        return (self.x - self.radius).clamp_min(0.0), (self.x + self.radius).clamp_max(1.0)
 
     def start(self, rng: Stream) -> Tensor:
         """A random point of the ball for every example (uniform before the box clips it)."""
@@ -99,53 +135,46 @@ class Ball:
             delta = direction * per_example(rng.uniform((), dtype), direction) ** (1 / size)
         return self.project(self.x + self.radius * delta)
 
-    def steepest(self, gradient: Tensor, points: Tensor) -> Tensor:
+    def steepest(self, gradient: Tensor, points: Tensor, keep: Tensor | None = None) -> Tensor:
         r"""The step of unit norm that climbs fastest, $\arg\max_{\|d\|_p \le 1} \langle g, d \rangle$.
 
-        For L1 the steepest step moves one coordinate; this one spreads it over the 5 % largest
-        slopes among the coordinates that the box still lets move.
+        For L1 and L2 only coordinates that the box still lets move take part: elsewhere the clamp
+        would undo the step and waste its length. For L1 the steepest step moves one coordinate; this
+        one spreads it over the `keep` largest slopes.
 
         Args:
             gradient: ``(batch, *event)``.
             points: Where the gradient was taken, ``(batch, *event)``.
+            keep: Coordinates that a step of L1 moves, ``(batch,)``; 5 % by default.
         """
         if self.norm == math.inf:
             return gradient.sign()
+        gradient = movable(gradient, points)
         if self.norm == 2:
             return gradient / per_example(lp_norm(gradient, 2), gradient).clamp_min(1e-30)
-        stuck = ((points <= 0) & (gradient < 0)) | ((points >= 1) & (gradient > 0))
-        slopes = gradient.masked_fill(stuck, 0.0).flatten(1)
-        keep = max(1, slopes.shape[1] // 20)
-        largest = slopes.abs().topk(keep, dim=1)
-        step = torch.zeros_like(slopes).scatter_(1, largest.indices, largest.values.sign())
-        step = step * slopes.sign()
+        slopes = gradient.flatten(1)
+        size = slopes.abs()
+        count = slopes.shape[1] // 20 if keep is None else keep.long().clamp_max(slopes.shape[1])
+        last = torch.as_tensor(count, device=size.device).clamp_min(1).expand(len(size)) - 1
+        least = size.sort(dim=1, descending=True).values.gather(1, last.unsqueeze(1))
+        step = slopes.sign() * (size >= least)
         return (step / lp_norm(step, 1).clamp_min(1.0).unsqueeze(1)).view_as(gradient)
 
 
 def _l1_in_box(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
     """Exact projection of ``x + delta`` onto the L1 ball intersected with the box, minus ``x``.
 
-    The answer is ``sign(d) min(max(|d| - t, 0), room)`` with ``room`` the way to the box; its norm
-    falls as the threshold ``t`` grows, so ``t`` is found by bisection and made exact by one linear
-    solve on the coordinates that are neither zero nor at the box.
+    The answer is ``sign(d) min(max(|d| - t, 0), room)`` with ``room`` the way to the box. As the
+    threshold ``t`` falls, coordinate after coordinate starts to move (at ``|d|``) and reaches the box
+    (at ``|d| - room``); between these events the norm is linear in ``t``, which gives ``t`` exactly.
     """
-    size = delta.abs().flatten(1)
+    size = delta.abs().flatten(1).double()  # sums over many coordinates meet a small budget
     room = torch.where(delta > 0, 1 - x, x).flatten(1)
     budget = radius.flatten(1)
-
-    def moved(threshold: Tensor) -> Tensor:
-        return (size - threshold).clamp_min(0.0).minimum(room)
-
-    low, high = torch.zeros_like(budget), size.amax(1, keepdim=True)
-    for _ in range(30):
-        middle = (low + high) / 2
-        outside = moved(middle).sum(1, keepdim=True) > budget
-        low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
-    free = (size > high) & (size - high < room)
-    boxed = (size - high >= room).to(room.dtype)
-    solved = ((size * free).sum(1, keepdim=True) + (room * boxed).sum(1, keepdim=True) - budget) / free.sum(
-        1, keepdim=True
-    ).clamp_min(1)
-    threshold = torch.where(free.any(1, keepdim=True), solved.clamp(low, high), high)
-    inside = moved(torch.zeros_like(budget)).sum(1, keepdim=True) <= budget
-    return delta.sign() * moved(threshold.masked_fill(inside, 0.0)).view_as(delta)
+    events, order = torch.cat([size, size - room], dim=1).sort(dim=1, descending=True)
+    change = torch.where(order < size.shape[1], 1.0, -1.0).double()
+    moving, total = change.cumsum(1), (change * events).cumsum(1)
+    passed = ((total - moving * events) <= budget).sum(1, keepdim=True) - 1
+    threshold = (total.gather(1, passed) - budget) / moving.gather(1, passed).clamp_min(1.0)
+    moved = (size - threshold.clamp_min(0.0)).clamp_min(0.0).minimum(room)
+    return delta.sign() * moved.view_as(delta).to(delta.dtype)

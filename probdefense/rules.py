@@ -28,7 +28,7 @@ def mean_prob(logits: Logits) -> Tensor:
     References:
         Liu et al., 2018, [Towards Robust Neural Networks via Random Self-ensemble](https://arxiv.org/abs/1712.00673)
 
-    Example:
+    Examples:
         >>> mean_prob(torch.tensor([[[0.0, 200.0]], [[200.0, 0.0]]])).exp()
         tensor([[0.5000, 0.5000]])
     """
@@ -47,7 +47,7 @@ def vote(logits: Logits) -> Tensor:
     References:
         Cohen et al., 2019, [Certified Adversarial Robustness via Randomized Smoothing](https://arxiv.org/abs/1902.02918)
 
-    Example:
+    Examples:
         >>> vote(torch.tensor([[[0.0, 2.0]], [[1.0, 0.0]], [[0.0, 0.1]]]))
         tensor([[0.3333, 0.6667]])
     """
@@ -68,7 +68,7 @@ def single_draw(logits: Logits) -> Tensor:
     References:
         Khan et al., 2019, [Non-Determinism in Neural Networks for Adversarial Robustness](https://arxiv.org/abs/1905.10906)
 
-    Example:
+    Examples:
         >>> single_draw(torch.tensor([[[0.0, 2.0]], [[1.0, 0.0]]])).argmax(-1)
         tensor([1])
     """
@@ -94,7 +94,7 @@ def worst_of_draws(num_queries: int) -> Rule:
         Daeubener and Fischer, 2022, [How Sampling Impacts the Robustness of Stochastic Neural
         Networks](https://arxiv.org/abs/2204.10839)
 
-    Example:
+    Examples:
         >>> worst_of_draws(2)(torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]))
         tensor([[0., 1.]])
     """

@@ -1,23 +1,23 @@
-r"""What is random in a defense: families, priors, posteriors, and what a draw fills in the network.
+r"""What is random in a defense: priors, posteriors, and what a draw fills in the network.
 
 A site has a prior (the model's) and a posterior (the guide's). A *global* site is drawn once per
 draw of the network, as one flat vector; a *local* site is drawn for every example, inside the data
 plate. The KL term of the ELBO is closed wherever the pair of families has a closed form.
 """
 
-import inspect
 import itertools
-import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
+from torch.func import functional_call
 
+from probdefense.families import Fixed, MeanField, MultiplicativeLogNormal
+from probdefense.nn.members import ALL
 from probdefense.nn.placeholder import placeholders
 
 Prior = Distribution | Callable[[str, Tensor], Distribution | None] | None
@@ -26,72 +26,10 @@ Prior = Distribution | Callable[[str, Tensor], Distribution | None] | None
 Where = Callable[[str, Tensor], bool]
 """Which parameters, by name and value."""
 
+Family = type[Distribution] | Callable[[str, Tensor], type[Distribution]]
+"""The posterior of every parameter: a class of ``(loc, scale)`` with mean ``loc``, or one by name."""
 
-class Fixed(nn.Module):
-    """A distribution without trained parameters, kept in buffers so that it moves with its module."""
-
-    def __init__(self, distribution: Distribution):
-        super().__init__()
-        # The Pyro class of the same name, so that torch's own distributions may be given.
-        self.kind: Any = getattr(dist, type(distribution).__name__, type(distribution))
-        known = inspect.signature(self.kind.__init__).parameters
-        self.names = [name for name in distribution.arg_constraints if name in known]
-        if {"probs", "logits"} <= set(self.names):
-            self.names.remove("probs" if "logits" in distribution.__dict__ else "logits")
-        for name in self.names:
-            self.register_buffer(name, torch.as_tensor(getattr(distribution, name)).detach().clone())
-        values = [getattr(self, name).tolist() for name in self.names]
-        self.standard_normal = self.kind is dist.Normal and values == [0.0, 1.0]
-
-    def forward(self) -> Distribution:
-        """The distribution, on the device where the module is."""
-        return self.kind(**{name: getattr(self, name) for name in self.names}, validate_args=False)
-
-
-class MeanField(nn.Module):
-    r"""Independent elements with trained location and scale, $\sigma = \text{floor} + e^{\rho}$.
-
-    Args:
-        loc: Where the locations start, ``(D,)``.
-        init_scale: Where every scale starts.
-        family: A location-scale family, ``Normal`` or ``Laplace``.
-        floor: The smallest scale.
-    """
-
-    def __init__(
-        self,
-        loc: Tensor,
-        init_scale: float,
-        family: Any = dist.Normal,
-        floor: float = 0.0,
-    ):
-        super().__init__()
-        self.kind, self.floor = family, floor
-        self.loc = nn.Parameter(loc.detach().clone())
-        self.log_scale = nn.Parameter(torch.full_like(self.loc, math.log(init_scale)))
-
-    @property
-    def scale(self) -> Tensor:
-        """The current scales, ``(D,)``."""
-        scale = self.log_scale.exp()
-        return scale + self.floor if self.floor else scale
-
-    def forward(self) -> Distribution:
-        """The distribution of the flat vector, one element each."""
-        return self.kind(self.loc, self.scale, validate_args=False)
-
-
-class Spread(nn.Module):
-    """A zero-mean posterior whose scale is a trained multiple of the standard prior's."""
-
-    def __init__(self, shape: tuple[int, ...], family: Any = dist.Normal):
-        super().__init__()
-        self.kind = family
-        self.log_scale = nn.Parameter(torch.zeros(shape))
-
-    def forward(self) -> Distribution:
-        """The distribution of one element, batch shape that of the scale."""
-        return self.kind(torch.zeros_like(self.log_scale), self.log_scale.exp(), validate_args=False)
+EMPTY: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +47,7 @@ class Site:
     posterior: nn.Module | None
 
     local = False
+    perturbs = False  # whether it changes parameters that are in the network, or that other sites fill
 
     @property
     def size(self) -> int:
@@ -127,10 +66,15 @@ class Site:
         if self.posterior is None and isinstance(self.prior, Fixed) and self.prior.standard_normal:
             like = self.prior.get_buffer("loc")  # the numbers of rsample(), without its two extra passes
             return torch.randn(shape, dtype=like.dtype, device=like.device)
-        return self.distribution("posterior").expand(shape).rsample()
+        distribution = self.distribution("posterior").expand(shape)
+        return distribution.rsample() if distribution.has_rsample else distribution.sample()
 
-    def fill(self, value: Tensor, net: nn.Module) -> dict[str, Tensor]:
-        """The tensors of the network, by name, that a value of the site stands for."""
+    def center(self) -> Tensor:
+        """The value of a global site in the static base: the mean of the posterior."""
+        return self.distribution("posterior").expand((self.size,)).mean
+
+    def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
+        """The tensors of the network, by name, that a value stands for; `given` replaces those of `net`."""
         raise TypeError(f"site {self.name} does not say what it fills")
 
 
@@ -155,9 +99,50 @@ class WeightSite(Site):
             for names, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
 
-    def fill(self, value: Tensor, net: nn.Module) -> dict[str, Tensor]:
+    def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
         views = self.views(value)
         return {name: views[names[0]] for names in self.names for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class WeightNoiseSite(WeightSite):
+    """Standard noise for parameters that stay trained in the network; `layer` beside each scales it."""
+
+    layer: str = ""
+
+    perturbs = True
+
+    def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
+        filled: dict[str, Tensor] = {}
+        for names, eps in zip(self.names, self.views(value).values(), strict=True):
+            layer = join(names[0].rpartition(".")[0], self.layer)
+            coefficients = {
+                name: given.get(f"{layer}.{name}", parameter)
+                for name, parameter in net.get_submodule(layer).named_parameters()
+            }
+            weight = given[names[0]] if names[0] in given else _tensor(net, names[0])
+            noisy = functional_call(net.get_submodule(layer), coefficients, (weight, eps))
+            filled |= dict.fromkeys(names, noisy)
+        return filled
+
+
+@dataclass(frozen=True, eq=False)
+class MemberSite(Site):
+    """Which of `count` networks answers, each equally often; `path` is the buffer that chooses."""
+
+    path: str = ""
+    count: int = 1
+
+    def draw(self, shape: tuple[int, ...]) -> Tensor:
+        """Rounds through all members in random order: a multiple of `count` has each equally often."""
+        rounds = [torch.randperm(self.count) for _ in range(0, shape[0], self.count)]
+        return torch.cat(rounds)[: shape[0]].view(shape)
+
+    def center(self) -> Tensor:
+        return torch.tensor([ALL])
+
+    def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
+        return {self.path: value.reshape(())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,39 +160,42 @@ def flat_weights(
     prior: Prior,
     init_scale: float,
     where: Where | None = None,
-    family: Any = dist.Normal,
+    family: Family = dist.Normal,
     floor: float = 0.0,
     layout: str = "flat",
     taken: Iterable[str] = (),
 ) -> list[Site]:
-    """Moves parameters out of `net` into flat sites, one per prior family (or one per tensor).
+    """Moves parameters out of `net` into flat sites, one per pair of families (or one per tensor).
 
     The values become the posterior locations. Each parameter leaves a placeholder buffer of its
     shape behind, under the same name.
 
     Raises:
-        ValueError: no parameter was chosen, or an unknown layout.
+        ValueError: no parameter was chosen, an unknown layout, or an infinite KL.
     """
     if layout not in ("flat", "per_tensor"):
         raise ValueError(f"expected layout 'flat' or 'per_tensor', got {layout!r}")
     chosen = _choose(net, where)
     groups: dict[object, list[tuple[tuple[str, ...], nn.Parameter, Distribution | None]]] = {}
+    kinds: dict[object, type[Distribution]] = {}
     for names, parameter in chosen:
         p = prior if prior is None or isinstance(prior, Distribution) else prior(names[0], parameter)
-        key = names[0] if layout == "per_tensor" else type(p)
+        kind = family if isinstance(family, type) else family(names[0], parameter)
+        _refuse_zeros(kind, p, names[0], parameter)
+        key = names[0] if layout == "per_tensor" else (type(p), kind)
         groups.setdefault(key, []).append((names, parameter, p))
+        kinds[key] = kind
     sites: list[Site] = []
     used = set(taken)
-    for members in groups.values():
-        base = members[0][0][0] if layout == "per_tensor" else "weights"
-        name = next(n for n in _numbered(base) if n not in used)
+    for group, members in groups.items():
+        name = unused(members[0][0][0] if layout == "per_tensor" else "weights", used)
         used.add(name)
         loc = torch.cat([parameter.detach().flatten() for _, parameter, _ in members])
         sites.append(
             WeightSite(
                 name=name,
                 prior=_joined_prior([(p, parameter.shape) for _, parameter, p in members], loc),
-                posterior=MeanField(loc, init_scale, family, floor),
+                posterior=MeanField(loc, init_scale, kinds[group], floor),
                 names=tuple(names for names, _, _ in members),
                 shapes=tuple(parameter.shape for _, parameter, _ in members),
             )
@@ -233,29 +221,6 @@ def layer_name(path: str) -> str:
     return path.rpartition(".")[0] or path
 
 
-def divergence(q: Distribution, p: Distribution, value: Tensor, name: str) -> Tensor:
-    r"""Total $\mathrm{KL}(q \| p)$ over all elements: closed if known, else $\log q - \log p$ at `value`."""
-    if type(q) is dist.Normal and type(p) is dist.Normal and p.scale.dim() == 0 and q.loc.dim() == 1:
-        return _flat_normal_kl(q, p)
-    try:
-        return kl_divergence(q, p).sum()
-    except NotImplementedError:
-        warnings.warn(
-            f"KL({type(q).__name__} || {type(p).__name__}) of site {name!r} has no closed form and is "
-            "estimated from one draw; expect noise in the reported KL",
-            stacklevel=2,
-        )
-        return (q.log_prob(value) - p.log_prob(value)).sum()
-
-
-def _flat_normal_kl(q: Any, p: Any) -> Tensor:
-    """KL of a long diagonal Normal from a shared scalar one, by sums that make no temporary."""
-    loc = q.loc if p.loc == 0 else q.loc - p.loc
-    squares = torch.dot(loc, loc) + torch.dot(q.scale, q.scale)
-    logs = q.scale.log().sum() - q.loc.numel() * p.scale.log()
-    return squares / (2 * p.scale**2) - logs - q.loc.numel() / 2
-
-
 def _choose(net: nn.Module, where: Where | None) -> list[tuple[tuple[str, ...], nn.Parameter]]:
     """Chosen parameters with all their names; by default every one outside normalization layers."""
     normal = tuple(
@@ -267,16 +232,14 @@ def _choose(net: nn.Module, where: Where | None) -> list[tuple[tuple[str, ...], 
             getattr(nn, "RMSNorm", nn.LayerNorm),
         )
     )
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+    names = tied_names(net)
 
     def default(name: str, _: Tensor) -> bool:
         owner = net.get_submodule(name.rpartition(".")[0])
         return not isinstance(owner, normal) and not getattr(owner, "noise_coefficients", False)
 
     accept = where or default
-    chosen = [(tuple(n), p) for p, n in names.items() if accept(n[0], p)]
+    chosen = [(n, p) for p, n in names.items() if accept(n[0], p)]
     if not chosen:
         known = ", ".join(n[0] for n in itertools.islice(names.values(), 8)) or "(no parameters left)"
         raise ValueError(
@@ -284,6 +247,14 @@ def _choose(net: nn.Module, where: Where | None) -> list[tuple[tuple[str, ...], 
             f"one of: {known}"
         )
     return chosen
+
+
+def tied_names(net: nn.Module) -> dict[nn.Parameter, tuple[str, ...]]:
+    """Every parameter with all the names it has in the network."""
+    names: dict[nn.Parameter, tuple[str, ...]] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        names[parameter] = (*names.get(parameter, ()), name)
+    return names
 
 
 def _joined_prior(members: list[tuple[Distribution | None, torch.Size]], like: Tensor) -> nn.Module | None:
@@ -303,6 +274,14 @@ def _joined_prior(members: list[tuple[Distribution | None, torch.Size]], like: T
     return Fixed(fixed[0].kind(**joined, validate_args=False)).to(like)
 
 
+def _refuse_zeros(kind: Any, prior: Distribution | None, name: str, parameter: Tensor) -> None:
+    if kind is MultiplicativeLogNormal and prior is not None and not bool(parameter.all()):
+        raise ValueError(
+            f"{name} holds zeros, where multiplicative noise has an infinite KL; give it another family, "
+            "as in family=lambda name, tensor: ..., or prior=None"
+        )
+
+
 def _leave_placeholder(net: nn.Module, name: str, parameter: nn.Parameter) -> None:
     path, _, attribute = name.rpartition(".")
     owner = net.get_submodule(path)
@@ -311,8 +290,20 @@ def _leave_placeholder(net: nn.Module, name: str, parameter: nn.Parameter) -> No
     owner.register_buffer(attribute, hollow, persistent=False)
 
 
-def _numbered(name: str) -> Iterable[str]:
-    return itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+def _tensor(net: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return getattr(net.get_submodule(path), attribute)
+
+
+def join(path: str, name: str) -> str:
+    """A name inside the module at `path`; the network itself has the empty path."""
+    return f"{path}.{name}" if path else name
+
+
+def unused(name: str, taken: Container[str]) -> str:
+    """The name, or the first of ``name_1``, ``name_2``, ... that is not taken."""
+    numbered = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+    return next(candidate for candidate in numbered if candidate not in taken)
 
 
 def unique_names(sites: Iterable[Site]) -> Mapping[str, Site]:

@@ -67,7 +67,7 @@ def fit(
         ValueError: nothing to train, `num_data` other than the data set's size, or bad data.
         FloatingPointError: the loss became NaN or infinite; the message says where.
 
-    Example:
+    Examples:
         >>> import probdefense as pd
         >>> defense = pd.deterministic(torch.nn.Linear(4, 3))
         >>> batches = [(torch.rand(8, 4), torch.zeros(8).long())]

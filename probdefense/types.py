@@ -46,6 +46,37 @@ class LogitsFn(Protocol):
         ...
 
 
+@runtime_checkable
+class AdaptiveLogitsFn(LogitsFn, Protocol):
+    """A `LogitsFn` that refines itself at run time. A call is pure; only `respond` moves it."""
+
+    @property
+    def static(self) -> LogitsFn:
+        """The base that never adapts."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """How many inputs of the stream adapt together."""
+        ...
+
+    def simulate(self, x: Inputs, *, seed: int) -> LogitsFn:
+        """The function that would answer `x`; changes nothing."""
+        ...
+
+    def respond(self, x: Inputs, *, seed: int) -> Logits:
+        """Answers inputs in stream order and stays adapted."""
+        ...
+
+    def state(self) -> Any:
+        """Everything that adapts, copied."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Puts back what `state` gave."""
+        ...
+
+
 class Step(NamedTuple):
     """One training forward, everything an objective needs.
 

@@ -106,6 +106,18 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
         raise ValueError(f"expected {name} {'>=' if zero else '>'} 0 and finite, got {value}")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Refuses anything but a number strictly between 0 and 1.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: outside (0, 1).
+    """
+    check_positive(name, value)
+    if value >= 1:
+        raise ValueError(f"expected 0 < {name} < 1, got {value}")
+
+
 def check_eps(eps: Any, batch: int | None = None) -> None:
     """Refuses a radius that is negative, not finite, or not one number or one per example.
 

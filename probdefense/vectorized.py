@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from probdefense.families import divergence
 from probdefense.nn.passes import held_still
+from probdefense.ops import log_mean_exp
 from probdefense.programs import Guide, Model, block
-from probdefense.rng import derive, forked, hash_keys
-from probdefense.sites import divergence
+from probdefense.rng import derive, forked, hash_keys, reseed
+from probdefense.sites import MemberSite
 from probdefense.types import Draws, Inputs, Labels, Step
 from probdefense.validation import check_classes
 
@@ -43,9 +45,13 @@ class Vectorized:
     def logits(self, x: Inputs, num_samples: int, chunk_size: int | None, backend: str) -> Tensor:
         """Logits of fresh draws, ``(samples, batch, classes)``."""
         rows = chunk_size or ROWS
+        size = self._draws_at_once(len(x), rows, backend)
+        members = {site.name: site.draw((num_samples, site.size)) for site in self._branching}
         parts = []
-        for count in _chunks(num_samples, self._draws_at_once(len(x), rows, backend)):
-            weights = self._draw_global(count)
+        for start in range(0, num_samples, size):
+            count = min(size, num_samples - start)
+            chosen = {name: value[start : start + count] for name, value in members.items()}
+            weights = self._draw_global(count) | chosen
             blocks = [
                 self._run(part, weights, self._draw_local(part, (count, len(part)))) for part in x.split(rows)
             ]
@@ -62,12 +68,19 @@ class Vectorized:
         return Frozen(self, num_samples, weights, seed, ids, state)
 
     def step(self, x: Inputs, y: Labels, draws: Draws | None) -> Step:
-        """One training forward: fresh draws (or the given ones), log-likelihood and KL by site."""
-        values = self.draw(x) if draws is None else draws
-        logits = self.model.logits(x, values, still=False)
+        """One training forward: fresh draws (or the given ones), log-likelihood and KL by site.
+
+        A choice of member that the draws leave open is enumerated, so that every member is trained:
+        the log-likelihood is the mean over members, the logits are their log mean probability.
+        """
+        branching = {site.name for site in self._branching}
+        values = {n: v for n, v in self.draw(x).items() if n not in branching} if draws is None else draws
+        logits = torch.stack([self.model.logits(x, case, still=False) for case in self._cases(values)])
         check_classes(y, logits.shape[-1])
-        log_lik = logits.log_softmax(-1).gather(1, y.unsqueeze(1)).squeeze(1)
-        return Step(logits, log_lik, self._kl(x, values), values)
+        log_probs = logits.log_softmax(-1)
+        log_lik = log_probs.gather(-1, y.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).mean(0)
+        mixed = logits[0] if len(logits) == 1 else log_mean_exp(log_probs)
+        return Step(mixed, log_lik, self._kl(x, values), values)
 
     def draw(self, x: Inputs) -> Draws:
         """One joint draw of all sites for a batch, differentiable in the guide's parameters."""
@@ -80,9 +93,19 @@ class Vectorized:
 
     def mean(self, x: Inputs) -> Tensor:
         """Logits at the posterior means with every local site neutral, ``(1, batch, classes)``."""
-        values = {s.name: s.distribution("posterior").expand((s.size,)).mean for s in self.model.global_sites}
+        values = {site.name: site.center() for site in self.model.global_sites}
         neutral = {use.name: self.model.net.get_buffer(use.buffer) for use in self.model.uses(x)}
         return self.model.logits(x, values | neutral).unsqueeze(0)
+
+    @property
+    def _branching(self) -> list[MemberSite]:
+        return [site for site in self.model.global_sites if isinstance(site, MemberSite)]
+
+    def _cases(self, values: Draws) -> list[Draws]:
+        """The values completed by every choice of members that they leave open."""
+        left = [site for site in self._branching if site.name not in values]
+        choices = itertools.product(*([torch.tensor([k]) for k in range(site.count)] for site in left))
+        return [values | {site.name: k for site, k in zip(left, ks, strict=True)} for ks in choices]
 
     def _kl(self, x: Inputs, values: Draws) -> dict[str, Tensor]:
         """Nats for the whole data set, by site; sites whose posterior is their prior have none."""
@@ -100,6 +123,8 @@ class Vectorized:
 
     def _draws_at_once(self, batch: int, rows: int, backend: str) -> int:
         """How many draws share a forward pass."""
+        if self._branching:
+            return 1
         folded = max(1, rows // batch)
         if not self.model.global_sites:
             return 1 if backend == "loop" else folded
@@ -192,7 +217,7 @@ class Frozen:
         columns = []
         with torch.no_grad(), forked(0, x.device):
             for key in hash_keys(self.seed, ids).tolist():
-                torch.manual_seed(key)
+                reseed(key, x.device)
                 columns.append(self.engine._draw_local(x, (self.num_samples, 1)))
         return {name: torch.cat([c[name] for c in columns], dim=1) for name in columns[0]}
 

@@ -1,16 +1,35 @@
 """What every builder, attack and objective promises, checked on whatever is registered here."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
+import pyro.distributions as dist
 import torch
 from torch import nn
 
 import probdefense as pd
-from probdefense.objectives import adversarial, elbo
+from probdefense.defenses import MultiplicativeLogNormal
+from probdefense.losses import dlr
+from probdefense.objectives import (
+    adversarial,
+    distilled,
+    elbo,
+    gaussian_augmented,
+    mixed,
+    multi_sample,
+    trades,
+    warm_up,
+)
 from tests.worlds import tiny_batch, tiny_net
 
 N = 50
+
+
+def by_kind(name: str, tensor: torch.Tensor) -> type:
+    """Multiplicative noise on weights, additive on biases."""
+    return dist.Laplace if name.endswith("bias") else MultiplicativeLogNormal
+
 
 BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "deterministic": lambda net: pd.deterministic(net, num_data=N),
@@ -25,19 +44,74 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "bayesian without prior": partial(pd.defenses.bayesian, num_data=N, prior=None),
     "bayesian on rse": lambda net: pd.defenses.bayesian(pd.defenses.rse(net), num_data=N),
     "rse on bayesian": lambda net: pd.defenses.rse(pd.defenses.bayesian(net, num_data=N)),
+    "bayesian of two families": partial(
+        pd.defenses.bayesian, num_data=N, family=by_kind, init_scale=0.1, floor=0.01
+    ),
+    "pni": partial(pd.defenses.pni, num_data=N),
+    "pni on outputs": partial(pd.defenses.pni, num_data=N, place="output", scale_shape="channel"),
+    "pni on bayesian": lambda net: pd.defenses.pni(pd.defenses.bayesian(net, num_data=N)),
+    "jump_relu": partial(pd.defenses.jump_relu, num_data=N, kappa=0.05),
+    "jump_relu random": partial(pd.defenses.jump_relu, num_data=N, kappa=dist.Uniform(0.0, 0.3)),
+    "jump_relu learned": partial(
+        pd.defenses.jump_relu, num_data=N, kappa=dist.Normal(0.2, 0.1), learned=True
+    ),
+    "brelu": partial(pd.defenses.brelu, num_data=N),
+    "mc_dropout": partial(pd.defenses.mc_dropout, num_data=N, rate=0.4),
+    "ensemble": lambda net: pd.defenses.ensemble([net, tiny_net()], num_data=N),
+    "rse on ensemble": lambda net: pd.defenses.rse(pd.defenses.ensemble([net, tiny_net()]), num_data=N),
 }
 
-FIXED_BUDGET = {
+DETERMINISTIC = {"deterministic", "jump_relu", "jump_relu learned", "brelu"}
+"""Builders that make nothing random."""
+
+ENSEMBLES = {"ensemble", "rse on ensemble"}
+"""Several networks: names get the prefix of a member, and a Pyro program trains one member per step."""
+
+DISCRETE = {"mc_dropout", *ENSEMBLES}
+"""Builders with discrete sites, which Pyro's mean-field ELBO refuses."""
+
+OTHER_BASE = {name for name in BUILDERS if name.startswith("jump_relu")} | {"brelu", *ENSEMBLES}
+"""Builders whose static base is another function than the network that was given."""
+
+FIXED_BUDGET: dict[str, Callable[..., torch.Tensor]] = {
     "fgsm": pd.attacks.fgsm,
     "fgsm from a random start": partial(pd.attacks.fgsm, random_start=True),
+    "r_fgsm": pd.attacks.r_fgsm,
+    "bim": partial(pd.attacks.bim, num_steps=4),
+    "mim": partial(pd.attacks.mim, num_steps=4),
     "pgd": partial(pd.attacks.pgd, num_steps=4),
     "pgd with restarts": partial(pd.attacks.pgd, num_steps=2, num_restarts=2),
+    "apgd": partial(pd.attacks.apgd, num_steps=8),
+    "apgd, targets": partial(pd.attacks.apgd, num_steps=5, num_targets=2, loss=dlr),
+    "square": partial(pd.attacks.square, max_queries=200),
+    "nes": partial(pd.attacks.nes, max_queries=500, num_directions=12),
+    "spsa": partial(pd.attacks.spsa, max_queries=500, num_directions=12),
+    "arc": partial(pd.attacks.arc, num_steps=4),
+    "worst_of": pd.attacks.worst_of([pd.attacks.fgsm, partial(pd.attacks.mim, num_steps=3)]),
+    "suite": partial(pd.attacks.suite, budget=1000),
 }
 
-NORMS_OF: dict[str, tuple[float, ...]] = {}
+MIN_NORM: dict[str, Callable[..., torch.Tensor]] = {
+    "cw": partial(pd.attacks.cw, num_steps=20, num_searches=4, init_c=0.1),
+    "ead": partial(pd.attacks.ead, num_steps=20, num_searches=4, init_c=0.1),
+    "ddn": partial(pd.attacks.ddn, num_steps=20),
+    "fmn": partial(pd.attacks.fmn, num_steps=20),
+    "fmn l-inf": partial(pd.attacks.fmn, num_steps=20, norm=math.inf),
+    "fmn L1": partial(pd.attacks.fmn, num_steps=20, norm=1),
+    "deepfool": pd.attacks.deepfool,
+    "deepfool l-inf": partial(pd.attacks.deepfool, norm=math.inf),
+    "zoo": partial(pd.attacks.zoo, max_queries=2500, num_searches=2),
+    "hop_skip_jump": partial(pd.attacks.hop_skip_jump, max_queries=2500, num_directions=50),
+}
+
+NORMS_OF: dict[str, tuple[float, ...]] = {"square": (2, math.inf)}
 """Norms of attacks that do not have all three."""
 
-MIN_NORM: dict[str, Callable[..., torch.Tensor]] = {}
+STAY_AT_ERRORS = {"arc", "suite", *MIN_NORM}
+"""Attacks that leave an example alone that is wrong already."""
+
+GRADIENT_FREE = {"square", "nes", "spsa", "zoo", "hop_skip_jump"}
+"""Attacks that only ask."""
 
 OBJECTIVES = {
     "elbo": elbo,
@@ -47,6 +121,16 @@ OBJECTIVES = {
     "adversarial on the same draw": adversarial(
         elbo, partial(pd.attacks.pgd, eps=0.1, num_steps=2), same_draw=True
     ),
+    "adversarial, clean statistics": adversarial(elbo, partial(pd.attacks.fgsm, eps=0.1), bn_stats="clean"),
+    "fast adversarial, warming up": adversarial(
+        elbo, warm_up(partial(pd.attacks.fgsm, random_start=True), eps=0.1, num_steps=3), bn_stats="both"
+    ),
+    "multi_sample": multi_sample(3),
+    "mixed by chance": mixed(elbo, partial(pd.attacks.fgsm, eps=0.1), probability=0.5),
+    "mixed by weight": mixed(elbo, partial(pd.attacks.fgsm, eps=0.1), weight=0.5),
+    "distilled": distilled(pd.deterministic(tiny_net()), temperature=20.0),
+    "gaussian_augmented": gaussian_augmented(elbo, sigma=0.1),
+    "trades": trades(partial(pd.attacks.pgd, eps=0.1, num_steps=2), beta=2.0),
 }
 
 

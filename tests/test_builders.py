@@ -125,6 +125,15 @@ def test_noise_of_any_family_has_its_moments(family):
     assert float(draws.std()) == pytest.approx(0.5 * float(family.stddev), rel=0.08)
 
 
+def test_noise_before_a_block_runs_once_and_first():
+    """A Sequential runs every child it is given, so a hook on it would run the layer twice."""
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), nn.Flatten(), nn.Linear(32, 3))
+    defense = pd.defenses.rse(net, where=lambda path, module: path == "0", init_at="conv")
+    x, draws = tiny_batch()[0], defense.draw(tiny_batch()[0])
+    assert list(draws) == ["0.noise"]
+    torch.testing.assert_close(defense.at(draws)(x)[0], net(x + 0.2 * draws["0.noise"]))
+
+
 def test_where_chooses_by_path():
     defense = pd.defenses.rse(tiny_net(), where=lambda path, module: path == "7")
     assert scales(defense) == {"input_noise": 0.2}

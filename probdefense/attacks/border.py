@@ -28,6 +28,9 @@ from probdefense.validation import (
     check_positive,
 )
 
+POSITIVE = ("step_size", "learning_rate", "h", "sigma", "init_eps", "init_c", "c")
+NOT_NEGATIVE = ("momentum", "alpha", "beta", "confidence", "overshoot")
+
 
 def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
     """Turns the body of an attack into the public function.
@@ -48,7 +51,7 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
         max_batch: int | None = None,
         **options: Any,
     ) -> Inputs:
-        signature.bind(logits_fn, x, y, **options)
+        inspect.signature(public).bind(logits_fn, x, y, **options)
         logits_fn = as_logits_fn(logits_fn)
         check_inputs(x)
         check_labels(y, len(x))
@@ -91,7 +94,7 @@ class _Guarded:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.logits_fn, name)
-        if name not in Counted.DERIVED or not callable(value):
+        if name not in Counted.DERIVED or not inspect.isroutine(value):
             return value
         return lambda *args, **kwargs: _Guarded(value(*args, **kwargs), self.highest)
 
@@ -117,11 +120,15 @@ def _check_options(options: dict[str, Any], y: Labels) -> None:
             check_labels(value, len(y), "target")
             if bool((value == y).any()):
                 raise ValueError("expected target labels other than y, got some that are equal")
-        elif name.startswith("num_") or name in ("repeats", "max_queries"):
+        elif name.startswith("num_") or name in ("repeats", "max_queries", "budget"):
             if value is not None:
                 check_count(name, value)
-        elif name in ("step_size", "learning_rate", "h", "sigma") and value is not None:
+        elif name in POSITIVE and value is not None:
             check_positive(name, value)
+        elif name in NOT_NEGATIVE and value is not None:
+            check_positive(name, value, zero=True)
+        elif name == "gamma" and not 0 < value < 1:
+            raise ValueError(f"expected 0 < gamma < 1, got {value}")
 
 
 def _chunks(total: int, size: int | None) -> list[slice]:

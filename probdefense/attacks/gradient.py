@@ -18,9 +18,15 @@ class Gradient(NamedTuple):
 
 
 def climb(loss: LossFn, y: Labels, target: Labels | None = None) -> Callable[[Logits], Tensor]:
-    """What the attacker climbs per example: the loss at `y`, or minus the loss at the target."""
+    """What the attacker climbs per example: the loss at `y`, or minus the loss at the target.
+
+    A loss with a form of its own for targets carries it as the attribute ``toward``.
+    """
     if target is None:
         return lambda logits: loss(logits, y)
+    toward = getattr(loss, "toward", None)
+    if toward is not None:
+        return lambda logits: toward(logits, y, target)
     return lambda logits: -loss(logits, target)
 
 
@@ -45,27 +51,67 @@ def input_gradient(
         ValueError: the answer does not depend differentiably on `x`.
         FloatingPointError: NaN or infinite gradients, naming the attack, the step and the examples.
     """
-    total: Tensor | None = None
-    value = torch.zeros((), dtype=x.dtype, device=x.device)
-    for _ in range(repeats):
-        with torch.enable_grad():
-            point = x.detach().requires_grad_(True)
-            logits = logits_fn(point)
-            losses = climbed(logits)
-            if not losses.requires_grad:
-                raise ValueError(
-                    f"the logits do not depend on x differentiably (in {where}); remove a detach() or "
-                    "no_grad() from the network, or use bpda or a gradient-free attack"
-                )
-            (gradient,) = torch.autograd.grad(losses.sum(), point)
-        total = gradient if total is None else total + gradient
-        value = value + losses.detach()
-    assert total is not None
-    finite = torch.isfinite(total.flatten(1)).all(1)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten().tolist()
-        raise FloatingPointError(
-            f"NaN or infinite gradient in {where} for examples {bad[:10]}; check the network for "
-            "operations such as sqrt or log at 0"
+    slopes = [_slope(logits_fn, x, climbed, where) for _ in range(repeats)]
+    if repeats == 1:
+        return slopes[0]
+    gradients, values, logits = zip(*slopes, strict=True)
+    return Gradient(torch.stack(gradients).mean(0), torch.stack(values).mean(0), torch.cat(logits))
+
+
+def input_jacobian(
+    logits_fn: LogitsFn, x: Inputs, scores: Callable[[Logits], Tensor], *, where: str = "the attack"
+) -> Gradient:
+    """Gradients of several scores per example from one forward pass.
+
+    Args:
+        logits_fn: What answers with logits.
+        x: ``(batch, *event)``.
+        scores: ``logits -> (batch, scores)``.
+        where: For the error message.
+
+    Returns:
+        Gradients ``(scores, batch, *event)`` and scores ``(scores, batch)``.
+
+    Raises:
+        ValueError: the answer does not depend differentiably on `x`.
+        FloatingPointError: NaN or infinite gradients.
+    """
+    point, values, logits = _forward(logits_fn, x, scores, where)
+    columns = values.unbind(1)
+    last = len(columns) - 1
+    gradients = [_backward(column, point, where, keep=k < last) for k, column in enumerate(columns)]
+    return Gradient(torch.stack(gradients), values.detach().T, logits)
+
+
+def _slope(logits_fn: LogitsFn, x: Inputs, climbed: Callable[[Logits], Tensor], where: str) -> Gradient:
+    point, values, logits = _forward(logits_fn, x, climbed, where)
+    return Gradient(_backward(values, point, where), values.detach(), logits)
+
+
+def _forward(
+    logits_fn: LogitsFn, x: Inputs, function: Callable[[Logits], Tensor], where: str
+) -> tuple[Inputs, Tensor, Logits]:
+    """The point of differentiation, the function of the logits there, and the logits."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_(True)
+        logits = logits_fn(point)
+        values = function(logits)
+    if not values.requires_grad:
+        raise ValueError(
+            f"the logits do not depend on x differentiably (in {where}); remove a detach() or "
+            "no_grad() from the network, or use bpda or a gradient-free attack"
         )
-    return Gradient(total / repeats, value / repeats, logits.detach())
+    return point, values, logits.detach()
+
+
+def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) -> Tensor:
+    (gradient,) = torch.autograd.grad(values.sum(), point, retain_graph=keep)
+    # One sum sees every NaN and infinity; which examples they are in is asked only then.
+    if not bool(torch.isfinite(gradient.sum())):
+        bad = (~torch.isfinite(gradient.flatten(1)).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"NaN or infinite gradient in {where} for examples {bad[:10]}; check the network for "
+                "operations such as sqrt or log at 0"
+            )
+    return gradient

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from probdefense.attacks.border import attack
-from probdefense.attacks.gradient import climb, input_gradient
-from probdefense.attacks.selection import Best, remaining_margin
+from probdefense.attacks.gradient import input_gradient
+from probdefense.attacks.selection import Best, Goal, check_active_set, remaining_margin
 from probdefense.losses import expected_cross_entropy
 from probdefense.ops import Ball, lp_norm, per_example
 from probdefense.rng import Stream
-from probdefense.rules import margins, mean_prob
+from probdefense.rules import mean_prob
 from probdefense.types import Inputs, Labels, LogitsFn, LossFn, Norm, Rule, Seed
 
 
@@ -77,25 +77,24 @@ def pgd(
         Madry et al., 2018, [Towards Deep Learning Models Resistant to Adversarial
         Attacks](https://arxiv.org/abs/1706.06083)
 
-    Example:
+    Examples:
         >>> import probdefense as pd
         >>> net = pd.deterministic(torch.nn.Linear(4, 3))
         >>> x_adv = pgd(net, torch.rand(2, 4), torch.tensor([0, 1]), eps=0.1, num_steps=3, seed=0)
     """
-    _check_active_set(active_set, logits_fn)
+    check_active_set(active_set, logits_fn)
+    goal = Goal(y, target, loss, rule)
     rng, ball, best = Stream.of(seed, x), Ball(x, eps, norm), Best(x)
     for _ in range(num_restarts):
         points = ascend(
             logits_fn,
             ball,
             ball.start(rng) if random_start else x,
-            y,
+            goal,
             step_size=2.5 * ball.radius / num_steps if step_size is None else step_size,
             num_steps=num_steps,
-            loss=loss,
             repeats=repeats,
             active_set=active_set,
-            target=target,
             name="pgd",
         )
         if num_restarts == 1:
@@ -104,54 +103,166 @@ def pgd(
     return best.x
 
 
+@attack
+def bim(
+    logits_fn: LogitsFn,
+    x: Inputs,
+    y: Labels,
+    *,
+    eps: float,
+    norm: Norm = math.inf,
+    step_size: float | None = None,
+    num_steps: int = 30,
+    loss: LossFn = expected_cross_entropy,
+    repeats: int = 1,
+    target: Labels | None = None,
+    seed: Seed = None,
+    max_batch: int | None = None,
+) -> Inputs:
+    r"""Basic iterative method (I-FGSM), $x_{t+1} = \Pi(x_t + \alpha\, d_t)$ from $x_0 = x$.
+
+    It is `pgd` without the random start and with steps that only together reach the sphere.
+
+    Args:
+        logits_fn: What is attacked.
+        x: ``(batch, *event)`` in [0, 1].
+        y: True classes, ``(batch,)``.
+        eps: Radius in pixels.
+        norm: 1, 2 or ``inf``.
+        step_size: $\alpha$ in pixels; $\epsilon / T$ by default.
+        num_steps: $T$.
+        loss: What is climbed, over the draws of one call.
+        repeats: Calls whose gradients are averaged in every step.
+        target: Classes wanted; the loss at them is descended instead.
+        seed: An int, one per example, or a generator; fixes the draws of a random defense.
+        max_batch: Examples at once.
+
+    Returns:
+        Points of the ball, ``(batch, *event)``.
+
+    Raises:
+        ValueError: bad inputs or settings.
+
+    References:
+        Kurakin et al., 2017, [Adversarial Examples in the Physical World](https://arxiv.org/abs/1607.02533)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> net = pd.deterministic(torch.nn.Linear(4, 3))
+        >>> x_adv = bim(net, torch.rand(2, 4), torch.tensor([0, 1]), eps=0.1, num_steps=3)
+    """
+    ball = Ball(x, eps, norm)
+    return ascend(
+        logits_fn,
+        ball,
+        x,
+        Goal(y, target, loss),
+        step_size=ball.radius / num_steps if step_size is None else step_size,
+        num_steps=num_steps,
+        repeats=repeats,
+        name="bim",
+    )
+
+
+@attack
+def mim(
+    logits_fn: LogitsFn,
+    x: Inputs,
+    y: Labels,
+    *,
+    eps: float,
+    norm: Norm = math.inf,
+    step_size: float | None = None,
+    num_steps: int = 10,
+    momentum: float = 1.0,
+    loss: LossFn = expected_cross_entropy,
+    repeats: int = 1,
+    target: Labels | None = None,
+    seed: Seed = None,
+    max_batch: int | None = None,
+) -> Inputs:
+    r"""Momentum iterative method, $x_{t+1} = \Pi(x_t + \alpha\, d(v_t))$ with
+    $v_t = \mu v_{t-1} + g_t / \|g_t\|_1$.
+
+    On a random defense the momentum also averages the draws of past steps.
+
+    Args:
+        logits_fn: What is attacked.
+        x: ``(batch, *event)`` in [0, 1].
+        y: True classes, ``(batch,)``.
+        eps: Radius in pixels.
+        norm: 1, 2 or ``inf``.
+        step_size: $\alpha$ in pixels; $\epsilon / T$ by default.
+        num_steps: $T$.
+        momentum: $\mu$, what is kept of the directions so far.
+        loss: What is climbed, over the draws of one call.
+        repeats: Calls whose gradients are averaged in every step.
+        target: Classes wanted; the loss at them is descended instead.
+        seed: An int, one per example, or a generator; fixes the draws of a random defense.
+        max_batch: Examples at once.
+
+    Returns:
+        Points of the ball, ``(batch, *event)``.
+
+    Raises:
+        ValueError: bad inputs or settings.
+
+    References:
+        Dong et al., 2018, [Boosting Adversarial Attacks with Momentum](https://arxiv.org/abs/1710.06081)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> net = pd.deterministic(torch.nn.Linear(4, 3))
+        >>> x_adv = mim(net, torch.rand(2, 4), torch.tensor([0, 1]), eps=0.1, num_steps=3)
+    """
+    ball = Ball(x, eps, norm)
+    return ascend(
+        logits_fn,
+        ball,
+        x,
+        Goal(y, target, loss),
+        step_size=ball.radius / num_steps if step_size is None else step_size,
+        num_steps=num_steps,
+        repeats=repeats,
+        momentum=momentum,
+        name="mim",
+    )
+
+
 def ascend(
     logits_fn: LogitsFn,
     ball: Ball,
     points: Inputs,
-    y: Labels,
+    goal: Goal,
     *,
     step_size: float | Tensor,
     num_steps: int,
-    loss: LossFn,
     repeats: int = 1,
     momentum: float | None = None,
     active_set: bool = False,
-    target: Labels | None = None,
     name: str,
 ) -> Inputs:
     """The loop that all iterated steepest-ascent attacks share; returns the last points."""
-    points, velocity = points.clone(), torch.zeros_like(points)
+    final, rows = points.clone(), torch.arange(len(points), device=points.device)
+    velocity = torch.zeros_like(points)
     step = torch.as_tensor(step_size, dtype=points.dtype, device=points.device).expand_as(ball.radius)
-    rows: slice | Tensor = slice(None)
     for number in range(num_steps):
-        goal = None if target is None else target[rows]
         slope = input_gradient(
-            logits_fn,
-            points[rows],
-            climb(loss, y[rows], goal),
-            repeats=repeats,
-            where=f"{name}, step {number}",
+            logits_fn, points, goal.climbed, repeats=repeats, where=f"{name}, step {number}"
         )
         direction = slope.gradient
+        if active_set:
+            standing = goal.remaining(slope.logits) > 0
+            final[rows] = points
+            rows, points, velocity, step, direction = (
+                part[standing] for part in (rows, points, velocity, step, direction)
+            )
+            ball, goal = ball.take(standing), goal.take(standing)
+            if len(rows) == 0:
+                return final
         if momentum is not None:
             flat = per_example(lp_norm(direction, 1), direction).clamp_min(1e-30)
-            direction = velocity[rows] = momentum * velocity[rows] + direction / flat
-        moved = ball.take(rows).project(
-            points[rows] + step[rows] * ball.take(rows).steepest(direction, points[rows])
-        )
-        if not active_set:
-            points = moved
-            continue
-        standing = margins(mean_prob, slope.logits, y[rows])[0] > 0
-        if goal is not None:
-            standing = margins(mean_prob, slope.logits, goal)[0] <= 0
-        rows = torch.arange(len(points), device=points.device)[rows][standing]
-        points[rows] = moved[standing]
-        if len(rows) == 0:
-            break
-    return points
-
-
-def _check_active_set(active_set: bool, logits_fn: LogitsFn) -> None:
-    if active_set and logits_fn.stochastic:
-        raise ValueError("active_set=True needs a function without randomness; freeze the defense first")
+            velocity = direction = momentum * velocity + direction / flat
+        points = ball.project(points + step * ball.steepest(direction, points))
+    final[rows] = points
+    return final

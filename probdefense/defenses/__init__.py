@@ -1,6 +1,25 @@
 """Builders: one paper, one file, one function from a network (or a Defense) to a Defense."""
 
-from probdefense.defenses.bayesian import bayesian
+from probdefense.defenses.bayesian import bayesian, signal_to_noise
+from probdefense.defenses.brelu import brelu
+from probdefense.defenses.ensemble import ensemble
+from probdefense.defenses.jump_relu import jump_relu, quantiles, surrogates, tune_kappa
+from probdefense.defenses.mc_dropout import mc_dropout
+from probdefense.defenses.pni import pni
 from probdefense.defenses.rse import rse
+from probdefense.families import MultiplicativeLogNormal
 
-__all__ = ["bayesian", "rse"]
+__all__ = [
+    "MultiplicativeLogNormal",
+    "bayesian",
+    "brelu",
+    "ensemble",
+    "jump_relu",
+    "mc_dropout",
+    "pni",
+    "quantiles",
+    "rse",
+    "signal_to_noise",
+    "surrogates",
+    "tune_kappa",
+]

@@ -7,6 +7,12 @@ the weights, so a step costs about as much as a deterministic one, and the KL co
 
 $$ q(\theta) = \prod_i N(\mu_i, \sigma_i^2), \qquad
    \mathrm{KL} = \sum_i \log\frac{\sigma_0}{\sigma_i} + \frac{\sigma_i^2 + \mu_i^2}{2\sigma_0^2} - \tfrac12 $$
+
+Of Khan et al. only the abstract is public: "each parameter of the network as a statistical
+distribution with learnable parameters". What is chosen here: Normal elements, reparameterized, one
+fresh draw of all of them per forward pass in training and at test, trained by expected cross-entropy
+without a prior (KL weight 0). Under that loss alone the scales shrink, and with them the
+non-determinism: `signal_to_noise` shows it; a floor, a prior or an adversarial objective holds it.
 """
 
 import pyro.distributions as dist
@@ -14,7 +20,7 @@ from torch import nn
 
 from probdefense.defense import Defense
 from probdefense.defenses.host import host
-from probdefense.sites import Prior, Where, flat_weights
+from probdefense.sites import Family, Prior, WeightSite, Where, flat_weights
 from probdefense.validation import check_positive
 
 
@@ -24,6 +30,8 @@ def bayesian(
     num_data: int | None = None,
     prior: Prior = dist.Normal(0.0, 1.0),
     init_scale: float = 0.02,
+    family: Family = dist.Normal,
+    floor: float = 0.0,
     where: Where | None = None,
     layout: str = "flat",
 ) -> Defense:
@@ -31,37 +39,88 @@ def bayesian(
 
     Trained weights become the posterior means. With ``elbo(kl_weight=1)`` this is Bayes by backprop,
     under ``adversarial(elbo, pgd)`` Adv-BNN, and with ``prior=None`` the learnable distributions of
-    Khan et al., which have no prior.
+    Khan et al., which have no prior (see the head of this file for what is our reading).
 
     Args:
         net: A network or a `Defense`; it is copied.
         num_data: Size of the training set, which weighs the KL term.
         prior: A distribution for every element, a function ``(name, tensor) -> distribution or None``,
             or None. None masks the site: no KL.
-        init_scale: $\sigma$ of every element before training, in units of the weights.
+        init_scale: $\sigma$ of every element before training, in units of the weights; relative to
+            the weight for `MultiplicativeLogNormal`.
+        family: The posterior of an element: ``Normal``, ``Laplace``, `MultiplicativeLogNormal` (the
+            sign stays, noise is in proportion), or a function ``(name, tensor) -> one of them``.
+        floor: The smallest scale, below `init_scale`.
         where: ``(name, tensor) -> bool``, which parameters; all but normalization layers' by default.
-        layout: ``"flat"``, one site per prior family, or ``"per_tensor"``, one site per parameter.
+        layout: ``"flat"``, one site per pair of families, or ``"per_tensor"``, one site per parameter.
 
     Returns:
         A `Defense`; the state dict holds ``guide.posteriors.weights.loc`` and ``.log_scale``.
 
     Raises:
-        ValueError: no parameter was chosen, or `init_scale` is not positive.
+        ValueError: no parameter was chosen, or `init_scale` is not above the floor.
 
-    Example:
+    References:
+        Blundell et al., 2015, [Weight Uncertainty in Neural Networks](https://arxiv.org/abs/1505.05424);
+        Khan et al., 2019, [Non-Determinism in Neural Networks for Adversarial
+        Robustness](https://arxiv.org/abs/1905.10906)
+
+    Examples:
         >>> import probdefense as pd
         >>> defense = bayesian(torch.nn.Linear(4, 3), num_data=100)
         >>> list(defense.sites), defense(torch.rand(2, 4), num_samples=5).shape
         (['weights'], torch.Size([5, 2, 3]))
     """
     check_positive("init_scale", init_scale)
+    check_positive("floor", floor, zero=True)
+    if init_scale <= floor:
+        raise ValueError(f"expected init_scale above the floor {floor}, got {init_scale}")
     net, sites, num_data = host(net, num_data)
     weights = flat_weights(
         net,
         prior=prior,
         init_scale=init_scale,
+        family=family,
+        floor=floor,
         where=where,
         layout=layout,
         taken=[site.name for site in sites],
     )
     return Defense.from_sites(net, [*sites, *weights], num_data)
+
+
+def signal_to_noise(defense: Defense) -> dict[str, float]:
+    r"""How large each layer's weights are beside their noise, $\sqrt{\sum_i \mu_i^2 / \sum_i \sigma_i^2}$.
+
+    Means and standard deviations are those of the posterior. Numbers that grow in training say that
+    the randomness is vanishing; above a few hundred little of it reaches the logits.
+
+    Args:
+        defense: A defense with random weights.
+
+    Returns:
+        The ratio by layer, in the order of the network.
+
+    Raises:
+        ValueError: no random weights.
+
+    Examples:
+        >>> net = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.ones_(net.weight), torch.nn.init.zeros_(net.bias)
+        >>> signal_to_noise(bayesian(torch.nn.Sequential(net), where=lambda name, _: "weight" in name))
+        {'0': 50.0...}
+    """
+    power: dict[str, list[float]] = {}
+    for site in defense.sites.values():
+        if not isinstance(site, WeightSite) or site.posterior is None:
+            continue
+        q = site.posterior()
+        signal, noise = site.views(q.mean.detach()), site.views(q.variance.detach())
+        for name in signal:
+            sums = power.setdefault(name.rpartition(".")[0], [0.0, 0.0])
+            sums[0] += float(signal[name].square().sum())
+            sums[1] += float(noise[name].sum())
+    if not power:
+        raise ValueError("found no random weights in the defense; make them with bayesian(net, ...)")
+    order = [path for path, _ in defense.net.named_modules() if path in power]
+    return {path: (power[path][0] / power[path][1]) ** 0.5 for path in order}

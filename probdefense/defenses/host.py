@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from probdefense.defense import Defense
 from probdefense.sites import Site
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 class Host(NamedTuple):
     """A copy to work on: the network, its sites so far, and the size of the data set."""
@@ -46,3 +48,10 @@ def device_and_dtype(net: nn.Module) -> Tensor:
     """A tensor where, and of the kind, that the network computes with, for ``layer.to(...)``."""
     tensors = itertools.chain(net.parameters(), net.buffers())
     return next((t.detach() for t in tensors if t.is_floating_point()), torch.zeros(()))
+
+
+def per_channel(layer: nn.Module, side: str = "in") -> tuple[int, ...]:
+    """The shape of one value per channel of what a layer receives (``"in"``) or returns (``"out"``)."""
+    if isinstance(layer, CONVOLUTIONS):
+        return (getattr(layer, f"{side}_channels"), *[1] * len(layer.kernel_size))
+    return (getattr(layer, f"{side}_features", 1),)

@@ -14,16 +14,15 @@ from torch import nn
 from torch.distributions import Distribution
 
 from probdefense.defense import Defense
-from probdefense.defenses.host import device_and_dtype, host
+from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel
+from probdefense.families import Fixed, Spread
 from probdefense.nn.noise import Noise
 from probdefense.nn.passes import input_shapes
 from probdefense.nn.placeholder import placeholders
 from probdefense.nn.surgery import insert_at_input, insert_before, matching
-from probdefense.sites import Fixed, NoiseSite, Site, Spread, layer_name
+from probdefense.sites import NoiseSite, Site, layer_name
 from probdefense.types import Inputs
 from probdefense.validation import check_member, check_positive
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def rse(
@@ -60,7 +59,7 @@ def rse(
         where: ``(path, module) -> bool``, which modules get noise; overrides `before_linear`.
         family: Standard distribution of the noise, ``Normal(0, 1)`` by default.
         multiplicative: Whether the noise multiplies its input.
-        floor: The smallest value of a learned scale.
+        floor: The smallest value of a learned or variational scale.
         when: Noise always, or only in training or only at test (the ablation of the paper's Fig. 2).
         example: A batch of inputs, for ``scale_shape="element"``.
 
@@ -73,7 +72,7 @@ def rse(
     References:
         Liu et al., 2018, [Towards Robust Neural Networks via Random Self-ensemble](https://arxiv.org/abs/1712.00673)
 
-    Example:
+    Examples:
         >>> import probdefense as pd
         >>> list(rse(pd.models.small_cnn()).sites)
         ['input_noise', '2.noise']
@@ -83,15 +82,9 @@ def rse(
     check_member("scale", scale, ("fixed", "learned", "variational"))
     check_member("scale_shape", scale_shape, ("scalar", "channel", "element"))
     check_member("init_at", init_at, ("input", "conv"))
+    check_positive("floor", floor, zero=True)
     net, sites, num_data = host(net, num_data)
-    kinds = (nn.Module,) if where else CONVOLUTIONS + ((nn.Linear,) if before_linear else ())
-    hosts = dict(matching(net, kinds, where))
-    if not hosts:
-        wanted = "where(path, module)" if where else " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(
-            f"found nothing to put noise before in {type(net).__name__}; looked for {wanted}; "
-            "pass before_linear=True or where="
-        )
+    hosts = _hosts(net, before_linear, where)
 
     def layer(sigma: float, shape: tuple[int, ...]) -> Noise:
         learned = scale == "learned"
@@ -112,7 +105,7 @@ def rse(
         if scale_shape == "scalar":
             return ()
         if scale_shape == "channel":
-            return _channels(hosts[path])
+            return per_channel(hosts[path])
         if example is None:
             raise ValueError("scale_shape='element' needs the shapes of the activations; pass example=x")
         return tuple(example.shape[1:] if path == first and init_at == "input" else met[path])
@@ -126,8 +119,22 @@ def rse(
             name = ".".join(filter(None, [path, insert_before(module, "noise", noise)]))
         holes[f"{name}.eps"] = shape_at(path)
     if scale == "variational":
-        sites = [*sites, *(_variational(net, path, shape) for path, shape in holes.items())]
+        sites = [*sites, *(_variational(net, path, shape, floor) for path, shape in holes.items())]
     return Defense.from_sites(net, sites, num_data)
+
+
+def _hosts(
+    net: nn.Module, before_linear: bool, where: Callable[[str, nn.Module], bool] | None
+) -> dict[str, nn.Module]:
+    kinds = (nn.Module,) if where else CONVOLUTIONS + ((nn.Linear,) if before_linear else ())
+    hosts = dict(matching(net, kinds, where))
+    if not hosts:
+        wanted = "where(path, module)" if where else " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f"found nothing to put noise before in {type(net).__name__}; looked for {wanted}; "
+            "pass before_linear=True or where="
+        )
+    return hosts
 
 
 def _guess(hosts: dict[str, nn.Module]) -> Inputs:
@@ -138,18 +145,15 @@ def _guess(hosts: dict[str, nn.Module]) -> Inputs:
     return torch.zeros(1, channels, *[32] * dims)
 
 
-def _channels(module: nn.Module) -> tuple[int, ...]:
-    """The shape of one scale per channel of what a module receives."""
-    if isinstance(module, CONVOLUTIONS):
-        return (module.in_channels, *[1] * len(module.kernel_size))
-    return (getattr(module, "in_features", 1),)
-
-
-def _variational(net: nn.Module, path: str, shape: tuple[int, ...]) -> Site:
-    hole = placeholders(net)[path]
+def _variational(net: nn.Module, path: str, shape: tuple[int, ...], floor: float) -> Site:
+    hole, layer = placeholders(net)[path], net.get_submodule(layer_name(path))
+    assert isinstance(layer, Noise)
+    sigma = float(layer.scale)
     if not isinstance(hole.family, dist.Normal | dist.Laplace):
         raise ValueError(
             f"scale='variational' needs Normal or Laplace noise, got {type(hole.family).__name__}"
         )
-    prior, posterior = Fixed(hole.family), Spread(shape, type(hole.family))
+    if sigma <= floor:
+        raise ValueError(f"expected scales above floor={floor}, got {sigma:g} at {layer_name(path)}")
+    prior, posterior = Fixed(hole.family), Spread(shape, type(hole.family), floor / sigma)
     return NoiseSite(layer_name(path), prior.to(hole.value), posterior.to(hole.value), path)

@@ -1,6 +1,19 @@
 """Layers of a defended network, and the surgery that puts them into a trained one."""
 
+from probdefense.nn.brelu import BReLU
+from probdefense.nn.dropout import MaskedDropout
+from probdefense.nn.jump_relu import JumpReLU, MarginalJumpReLU, smoothed_jump
 from probdefense.nn.noise import Noise
 from probdefense.nn.normalize import Normalize
+from probdefense.nn.relative_noise import RelativeNoise
 
-__all__ = ["Noise", "Normalize"]
+__all__ = [
+    "BReLU",
+    "JumpReLU",
+    "MarginalJumpReLU",
+    "MaskedDropout",
+    "Noise",
+    "Normalize",
+    "RelativeNoise",
+    "smoothed_jump",
+]

@@ -33,7 +33,7 @@ class Noise(nn.Module):
     Raises:
         ValueError: a negative scale, or a learned scale not above its floor.
 
-    Example:
+    Examples:
         >>> layer = Noise(0.5)
         >>> torch.func.functional_call(layer, {"eps.value": torch.ones(1, 2)}, torch.zeros(1, 2))
         tensor([[0.5000, 0.5000]])

@@ -20,7 +20,7 @@ class Normalize(nn.Module):
     Raises:
         ValueError: lengths differ or a standard deviation is not positive.
 
-    Example:
+    Examples:
         >>> Normalize([0.5], [0.25])(torch.ones(1, 1, 2, 2)).flatten()
         tensor([2., 2., 2., 2.])
     """

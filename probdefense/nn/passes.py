@@ -26,6 +26,20 @@ def held_still(net: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def statistics_kept(net: nn.Module) -> Iterator[None]:
+    """What moves running statistics during the block moves copies of them."""
+    layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    kept = [dict(layer.named_buffers(recurse=False)) for layer in layers]
+    try:
+        for layer, buffers in zip(layers, kept, strict=True):
+            layer._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
+        yield
+    finally:
+        for layer, buffers in zip(layers, kept, strict=True):
+            layer._buffers.update(buffers)
+
+
 def dry_run(net: nn.Module, x: Inputs, restart: Callable[[], None]) -> None:
     """Runs a network on one example like `x`, on the meta device: no arithmetic, no random numbers.
 

@@ -17,10 +17,11 @@ class Placeholder(nn.Module):
 
     Args:
         family: Standard distribution of one element, for example ``Normal(0, 1)``.
-        neutral: The value that leaves the network as if the hole were not there.
-        per_element: One value for every element of the input, or one for the whole example.
+        neutral: The value of the static base; for noise, the one that leaves the network as it was.
+        axes: How many leading axes of an example have values of their own: all by default, 0 for one
+            value per example, 1 for one per channel.
 
-    Example:
+    Examples:
         >>> import pyro.distributions as dist
         >>> Placeholder(dist.Normal(0.0, 1.0))(torch.ones(2, 3))
         tensor(0.)
@@ -28,9 +29,9 @@ class Placeholder(nn.Module):
 
     value: Tensor
 
-    def __init__(self, family: Distribution, *, neutral: float = 0.0, per_element: bool = True):
+    def __init__(self, family: Distribution, *, neutral: float = 0.0, axes: int | None = None):
         super().__init__()
-        self.family, self.per_element = family, per_element
+        self.family, self.axes = family, axes
         self.uses = 0
         self.on_use: Callable[[int, torch.Size], None] | None = None
         self.register_buffer("value", torch.tensor(neutral), persistent=False)
@@ -46,8 +47,8 @@ class Placeholder(nn.Module):
         """The value of this use, broadcastable against `like` ``(batch, *event)``."""
         use, self.uses = self.uses, self.uses + 1
         if self.on_use is not None:
-            event = like.shape[1:]
-            self.on_use(use, event if self.per_element else torch.Size([1] * len(event)))
+            own = like.shape[1:][: self.axes]
+            self.on_use(use, torch.Size([*own, *[1] * (like.dim() - 1 - len(own))]))
         return self._buffers.get(f"value{use or ''}", self.value)  # type: ignore[return-value]
 
 

@@ -7,11 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def insert_before(host: nn.Module, name: str, layer: nn.Module) -> str:
-    """Runs `layer` on the first input of `host`; returns the name it got inside the host."""
+def insert_before(host: nn.Module, name: str, layer: nn.Module, *, first: bool = False) -> str:
+    """Runs `layer` on the first input of `host`, `first` of all hooks or last; returns its name there."""
     name = free_name(host, name)
+    if _runs_children(host):
+        children = dict(host._modules)
+        host._modules.clear()
+        host._modules.update({name: layer, **children})
+        return name
     host.add_module(name, layer)
-    host.register_forward_pre_hook(partial(_run_before, name))
+    host.register_forward_pre_hook(partial(_run_before, name), prepend=first)
     return name
 
 
@@ -19,25 +24,24 @@ def insert_after(host: nn.Module, name: str, layer: nn.Module) -> str:
     """Runs `layer` on the output of `host`; returns the name it got inside the host."""
     name = free_name(host, name)
     host.add_module(name, layer)
-    host.register_forward_hook(partial(_run_after, name))
+    if not _runs_children(host):
+        host.register_forward_hook(partial(_run_after, name))
     return name
 
 
 def insert_at_input(net: nn.Module, name: str, layer: nn.Module) -> str:
     """Runs `layer` on the raw input of a network, before anything else sees it."""
-    if type(net).forward is not nn.Sequential.forward:
-        return insert_before(net, name, layer)
-    # A Sequential runs every child in order, so the layer becomes its first child.
-    name = free_name(net, name)
-    children = dict(net._modules)
-    net._modules.clear()
-    net._modules.update({name: layer, **children})
-    return name
+    return insert_before(net, name, layer, first=True)
+
+
+def _runs_children(host: nn.Module) -> bool:
+    """Whether a module runs every child in order, so that a new child needs no hook."""
+    return type(host).forward is nn.Sequential.forward
 
 
 def reads_raw_input(net: nn.Module, layer: nn.Module) -> bool:
     """Whether the whole network sees its input through `layer` alone, by construction."""
-    if type(net).forward is nn.Sequential.forward and len(net._modules):
+    if _runs_children(net) and len(net._modules):
         first = next(iter(net._modules.values()))
         return first is layer or (first is not None and reads_raw_input(first, layer))
     hook = next(iter(net._forward_pre_hooks.values()), None)

@@ -1,0 +1,218 @@
+r"""Defenses, reports and predictions as ArviZ containers, for ArviZ 0.23 and 1.x alike.
+
+Everything carries named axes and starts with ``(chain, draw)``. A chain is one independent fit: draws
+of one guide are independent by construction, so agreement between them says nothing about the fit.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from probdefense.analysis.fits import posterior, read_fit
+from probdefense.defense import Defense
+from probdefense.prediction import Prediction
+from probdefense.report import Report
+from probdefense.rng import derive, forked
+from probdefense.types import Inputs, Labels
+from probdefense.validation import check_classes, check_count, check_inputs, check_labels
+
+Groups = dict[str, dict[str, np.ndarray]]
+
+ENTROPIES = ("predictive_entropy", "expected_entropy", "mutual_information")
+
+
+def to_arviz(
+    source: Defense | Sequence[Defense] | Report | Prediction,
+    data: tuple[Inputs, Labels] | None = None,
+    *,
+    num_samples: int = 100,
+    adversarial: Mapping[float, Inputs] | None = None,
+    weights: bool = False,
+    seed: int = 0,
+) -> Any:
+    r"""An ArviZ container (``InferenceData`` in 0.x, ``DataTree`` in 1.x) with named axes.
+
+    Of a defense: **posterior** holds ``noise_scale`` by layer (constants too), ``weight_scale``
+    $\sigma$, ``signal_to_noise`` $|\mu| / \sigma$ and ``prior_scale`` by parameter, and the draws of
+    the last layer; **posterior_predictive** the probabilities and a sampled label of every draw;
+    **log_likelihood** $\log p(y_i \mid x_i, \theta_s, \varepsilon_s)$ in nats; **predictions** the
+    probabilities on adversarial inputs by radius; **observed_data** and **constant_data** the labels
+    and inputs. Several defenses of one kind, fitted independently, become several chains, and then
+    R-hat says whether fits agree; with one fit no R-hat is claimed.
+
+    Of a report: **posterior** holds draws of every accuracy from one weighted Bayesian bootstrap over
+    examples and draws, so differences of rows are paired. Of a prediction: **posterior_predictive**
+    holds labels drawn from it, **constant_data** its probabilities and entropies.
+
+    Args:
+        source: A `Defense`, a list of independently fitted ones, a `Report` or a `Prediction`.
+        data: ``(x, y)``: inputs ``(batch, *event)`` and labels; for a prediction the data it is of.
+        num_samples: Draws per chain.
+        adversarial: Attacked inputs by radius in pixels, each like `x`.
+        weights: Whether every random weight is kept instead of the last layer's.
+        seed: Of the draws.
+
+    Raises:
+        TypeError: another kind of source, or no data for a defense.
+        ValueError: fits with different variables, or weights that would not fit in memory.
+
+    References:
+        Kumar et al., 2019, [ArviZ, a unified library for exploratory analysis of Bayesian models in
+        Python](https://doi.org/10.21105/joss.01143)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> defense = pd.defenses.rse(pd.models.small_cnn())
+        >>> tree = to_arviz(defense, (torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])), num_samples=4)
+        >>> tree["posterior"]["noise_scale"].mean(("chain", "draw")).values.round(3)
+        array([0.2, 0.1], dtype=float32)
+    """
+    check_count("num_samples", num_samples)
+    if isinstance(source, Report):
+        return _of_report(source, num_samples, seed)
+    if isinstance(source, Prediction):
+        return _of_prediction(source, None if data is None else data[1], num_samples, seed)
+    fits = list(source) if isinstance(source, Sequence) else [source]
+    if not fits or not all(isinstance(fit, Defense) for fit in fits):
+        raise TypeError(
+            f"expected a Defense, a list of them, a Report or a Prediction, got {type(source).__name__}"
+        )
+    if data is None:
+        raise TypeError("a defense needs data=(x, y): the predictive and the log-likelihood are at x")
+    check_inputs(data[0])
+    check_labels(data[1], len(data[0]))
+    return _of_fits(fits, data, num_samples, adversarial or {}, weights, seed)
+
+
+def from_groups(
+    groups: Groups,
+    *,
+    coords: Mapping[str, Any],
+    dims: Mapping[str, list[str]],
+    pred_dims: Mapping[str, list[str]] | None = None,
+) -> Any:
+    """``arviz.from_dict`` under either of its two signatures; `pred_dims` are for the predictions."""
+    import arviz
+
+    from_dict: Any = arviz.from_dict
+    named: dict[str, Any] = {"coords": coords, "dims": dims, "pred_dims": pred_dims, "pred_coords": coords}
+    if "data" in inspect.signature(from_dict).parameters:
+        return from_dict(groups, **named)
+    return from_dict(**groups, **named)
+
+
+def _of_fits(
+    defenses: list[Defense],
+    data: tuple[Inputs, Labels],
+    num_samples: int,
+    adversarial: Mapping[float, Inputs],
+    weights: bool,
+    seed: int,
+) -> Any:
+    (x, y), seeds = data, [derive(seed, "to_arviz", chain) for chain in range(len(defenses))]
+    pairs = zip(defenses, seeds, strict=True)
+    fits = [read_fit(defense, x, num_samples, adversarial, weights, s) for defense, s in pairs]
+    log_probs = torch.stack([fit.log_probs for fit in fits])
+    check_classes(y, log_probs.shape[-1])
+    with forked(derive(seed, "labels")):
+        labels = torch.distributions.Categorical(logits=log_probs, validate_args=False).sample()
+    at_y = y.cpu().expand(log_probs.shape[:-1]).unsqueeze(-1)
+    about = posterior(fits)
+    groups: Groups = {
+        "posterior": about.values,
+        "posterior_predictive": {"probs": log_probs.exp().float().numpy(), "y": labels.numpy()},
+        "log_likelihood": {"y": log_probs.gather(-1, at_y).squeeze(-1).numpy()},
+        "observed_data": {"y": y.cpu().numpy()},
+        "constant_data": {"x": x.detach().cpu().numpy()},
+    }
+    if adversarial:
+        attacked = torch.stack([torch.stack(fit.attacked, dim=1) for fit in fits])
+        groups["predictions"] = {"probs": attacked.exp().float().numpy()}
+    sizes = {"example": np.arange(len(y)), "class": np.arange(log_probs.shape[-1])}
+    tree = from_groups(
+        {name: group for name, group in groups.items() if group},
+        coords=about.coords | sizes | {"eps": [float(radius) for radius in adversarial]},
+        dims=about.dims | {"y": ["example"], "x": ["example"], "probs": ["example", "class"]},
+        pred_dims={"probs": ["eps", "example", "class"]},
+    )
+    tree["log_likelihood"].attrs["weights_are_random"] = int(any(fit.draws for fit in fits))
+    tree["posterior_predictive"].attrs["chains"] = _what_chains_are(len(fits))
+    return tree
+
+
+def _what_chains_are(count: int) -> str:
+    if count == 1:
+        return "one fit: its draws are independent, so R-hat and ESS say nothing about convergence"
+    return f"{count} independent fits: R-hat, best read on the log-likelihood, compares them"
+
+
+def _of_prediction(prediction: Prediction, y: Labels | None, num_samples: int, seed: int) -> Any:
+    constants, (batch, classes) = ("probs", "label", *ENTROPIES), prediction.probs.shape
+    with forked(derive(seed, "labels")):
+        drawn = torch.distributions.Categorical(logits=prediction.log_probs.cpu()).sample((num_samples,))
+    groups: Groups = {
+        "posterior_predictive": {"y": drawn.numpy()[None]},
+        "constant_data": {
+            **{name: getattr(prediction, name).detach().cpu().numpy() for name in constants},
+            "num_samples": np.broadcast_to(np.asarray(prediction.num_samples), batch).copy(),
+        },
+    }
+    if y is not None:
+        check_labels(y, batch)
+        groups["observed_data"] = {"y": y.cpu().numpy()}
+    return from_groups(
+        groups,
+        coords={"example": np.arange(batch), "class": np.arange(classes)},
+        dims={name: ["example"] for name in ("y", "num_samples", *constants)}
+        | {"probs": ["example", "class"]},
+    )
+
+
+def _of_report(report: Report, num_samples: int, seed: int) -> Any:
+    labels = [f"{row['defense']}/{row['attack']}/{row['eps']:g}/{row['rule']}" for row in report.rows]
+    correct = [report.arrays[f"correct/{label}"] for label in labels]
+    sizes = {verdicts.shape[1] for verdicts in correct}
+    if len(sizes) != 1:
+        raise ValueError(f"expected rows on the same examples, got {sorted(sizes)} examples")
+    about = ("defense", "attack", "eps", "rule", "attack_samples", "gradients")
+    groups: Groups = {
+        "posterior": {"accuracy": _bootstrap(correct, num_samples, seed)[None]},
+        "observed_data": {"correct": np.stack([verdicts.mean(0) for verdicts in correct])},
+        "constant_data": {name: np.array([_plain(row.get(name)) for row in report.rows]) for name in about},
+    }
+    tree = from_groups(
+        groups,
+        coords={"row": labels, "example": np.arange(sizes.pop())},
+        dims={name: ["row"] for name in ("accuracy", *about)} | {"correct": ["row", "example"]},
+    )
+    tree["posterior"].attrs["settings"] = json.dumps(report.settings, default=str)
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _bootstrap(correct: list[np.ndarray], num_samples: int, seed: int) -> np.ndarray:
+    r"""Draws of every row's accuracy, ``(draws, rows)``, with common weights for all rows.
+
+    Rubin, 1981, [The Bayesian Bootstrap](https://doi.org/10.1214/aos/1176345338). Weights of examples
+    are Dirichlet(1, ..., 1, 1/2, 1/2), the last two on an example that is right and one that is wrong:
+    with one verdict per example this is exactly Beta(k + 1/2, n - k + 1/2), never degenerate. Several
+    verdicts per example have a Dirichlet(1, ..., 1) of their own.
+    """
+    rng = np.random.default_rng(seed)
+    examples = rng.exponential(size=(num_samples, correct[0].shape[1]))
+    right, wrong = rng.gamma(0.5, size=(2, num_samples))
+    by_count = {count: rng.exponential(size=(num_samples, count)) for count in {len(v) for v in correct}}
+    total = examples.sum(1) + right + wrong
+    columns = []
+    for verdicts in correct:
+        weights = by_count[len(verdicts)] / by_count[len(verdicts)].sum(1, keepdims=True)
+        columns.append(((examples * (weights @ verdicts)).sum(1) + right) / total)
+    return np.stack(columns, axis=1)

@@ -1,0 +1,180 @@
+r"""Robust accuracy as a function of the radius, with posterior bands, from attacks at a few radii.
+
+The model of `probdefense.analysis.thresholds` puts one threshold behind every example and defense; the
+curve is the share of the population whose threshold lies beyond the radius.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from probdefense.analysis.arviz import from_groups
+from probdefense.analysis.thresholds import Outcomes, predict_draws, sample, tally
+from probdefense.report import Report
+from probdefense.validation import check_count, check_member
+
+MAX_R_HAT = 1.02
+MIN_ESS = 100
+"""Effective draws per chain below which bands are not to be trusted."""
+
+
+@dataclass(frozen=True)
+class RobustnessCurve:
+    """Posterior of robust accuracy as a function of the radius.
+
+    Attributes:
+        defenses: Their names.
+        eps: Radii of the curve in pixels, ``(radii,)``, from 0 to the largest that was measured.
+        accuracy: Posterior draws, ``(draws, defenses, radii)``.
+        observed: Measured accuracy by defense: radii and values.
+        data: ArviZ container: parameters and thresholds (pixels) in ``posterior``, ``log_likelihood`` by
+            example.
+        r_hat: The largest over parameters.
+        ess: The smallest bulk effective sample size over parameters.
+    """
+
+    defenses: list[str]
+    eps: np.ndarray
+    accuracy: np.ndarray
+    observed: dict[str, tuple[np.ndarray, np.ndarray]]
+    data: Any
+    r_hat: float
+    ess: float
+
+    def band(self, defense: str, probability: float = 0.95) -> np.ndarray:
+        """Lower end, median and upper end of the accuracy at every radius, ``(3, radii)``."""
+        tail = (1 - probability) / 2
+        draws = self.accuracy[:, self._index(defense)]
+        return np.quantile(draws, [tail, 0.5, 1 - tail], axis=0)
+
+    def dominates(self, first: str, second: str) -> np.ndarray:
+        """Posterior probability that `first` is more accurate than `second`, at every radius."""
+        return (self.accuracy[:, self._index(first)] > self.accuracy[:, self._index(second)]).mean(0)
+
+    def _index(self, defense: str) -> int:
+        check_member("defense", defense, self.defenses)
+        return self.defenses.index(defense)
+
+
+def robustness_curve(
+    results: Report | Mapping[str, np.ndarray],
+    eps: Sequence[float] | None = None,
+    *,
+    attack: str | None = None,
+    rule: str | None = None,
+    num_samples: int = 500,
+    num_warmup: int = 500,
+    num_chains: int = 2,
+    seed: int = 0,
+) -> RobustnessCurve:
+    r"""Robust accuracy of every defense at every radius, with bands, from success at a few radii.
+
+    All defenses are fitted together: they meet the same examples, so comparisons are paired.
+
+    Args:
+        results: A `Report` over several radii, or by defense an array ``(radii, examples)`` that is
+            true where the attack succeeded.
+        eps: Radii of the arrays in pixels; 0 stands for clean inputs.
+        attack: Which attack of the report; ``"worst"`` by default if it is there, else the only one.
+        rule: Which rule of the report; its first by default.
+        num_samples: Draws per chain.
+        num_warmup: Steps of adaptation per chain.
+        num_chains: Chains, one after the other.
+        seed: Of the chains.
+
+    Returns:
+        A `RobustnessCurve`; warns if R-hat or the effective sample size says not to trust it.
+
+    Raises:
+        ValueError: fewer than two radii, arrays of different shapes, or a choice that is not there.
+
+    References:
+        Finney, 1947, [Probit Analysis](https://doi.org/10.1017/CBO9780511569180), for thresholds
+        behind dose-response curves.
+    """
+    for name, count in (("num_samples", num_samples), ("num_chains", num_chains)):
+        check_count(name, count)
+    if isinstance(results, Report):
+        success, radii = _of_report(results, attack, rule)
+    else:
+        success, radii = dict(results), np.asarray([] if eps is None else eps, dtype=float)
+    bits = _checked(success, radii)
+    outcomes = tally(bits, radii)
+    chains = sample(outcomes, num_warmup, num_samples, num_chains, seed)
+    grid = np.linspace(0.0, radii.max(), 51)
+    return _summarize(chains, outcomes, list(success), bits, grid, seed)
+
+
+def _summarize(
+    chains: Any, outcomes: Outcomes, defenses: list[str], bits: np.ndarray, grid: np.ndarray, seed: int
+) -> RobustnessCurve:
+    from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+
+    values = [np.asarray(value) for value in chains.values()]
+    r_hat = max(float(np.max(split_gelman_rubin(value))) for value in values)
+    ess = min(float(np.min(effective_sample_size(value))) for value in values)
+    _warn(r_hat, ess, len(values[0]))
+    found = predict_draws(chains, outcomes, grid, seed)
+    accuracy, shape = found.pop("accuracy"), values[0].shape[:2]
+    if len(defenses) == 1:
+        del found["shared"]  # there is nobody to share with, and its draws are the prior's
+    found["threshold"] = np.swapaxes(found["threshold"][:, outcomes.which], 1, 2)
+    log_lik = found.pop("log_lik")[:, outcomes.which]
+    own = [name for name in found if name not in ("shared", "threshold")]
+    data = from_groups(
+        {
+            "posterior": {name: value.reshape(*shape, *value.shape[1:]) for name, value in found.items()},
+            "log_likelihood": {"outcome": log_lik.reshape(*shape, -1)},
+            "observed_data": {"success": bits.astype(np.int8)},
+        },
+        coords={"defense": defenses, "eps": outcomes.eps, "example": np.arange(bits.shape[-1])},
+        dims={name: ["defense"] for name in own}
+        | {"threshold": ["defense", "example"], "outcome": ["example"]}
+        | {"success": ["defense", "eps", "example"]},
+    )
+    measured = {name: (outcomes.eps, 1 - bits[d].mean(-1)) for d, name in enumerate(defenses)}
+    return RobustnessCurve(defenses, grid, accuracy, measured, data, r_hat, ess)
+
+
+def _warn(r_hat: float, ess: float, chains: int) -> None:
+    if r_hat > MAX_R_HAT or ess < MIN_ESS * chains:
+        warnings.warn(
+            f"R-hat {r_hat:.3f} (at most {MAX_R_HAT}) and effective sample size {ess:.0f} (at least "
+            f"{MIN_ESS * chains}): do not trust the bands; raise num_warmup and num_samples",
+            stacklevel=3,
+        )
+
+
+def _of_report(
+    report: Report, attack: str | None, rule: str | None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """One verdict per example at every radius, clean included, by defense."""
+    rule = rule or report.rows[0]["rule"]
+    names = list(dict.fromkeys(row["attack"] for row in report.rows if row["attack"] != "clean"))
+    if attack is None and "worst" not in names and len(names) > 1:
+        raise ValueError(f"expected attack= with several attacks in the report; known: {', '.join(names)}")
+    attack = attack or ("worst" if "worst" in names else "".join(names))
+    check_member("attack", attack, names)
+    check_member("rule", rule, {row["rule"] for row in report.rows})
+    rows = [r for r in report.rows if r["rule"] == rule and r["attack"] in ("clean", attack)]
+    radii = sorted({row["eps"] for row in rows})
+    found = {(row["defense"], row["eps"]): row["attack"] for row in rows}
+    success = {
+        name: np.stack(
+            [~report.arrays[f"correct/{name}/{found[name, r]}/{r:g}/{rule}"][0].astype(bool) for r in radii]
+        )
+        for name in dict.fromkeys(row["defense"] for row in rows)
+    }
+    return success, np.array(radii)
+
+
+def _checked(success: dict[str, np.ndarray], eps: np.ndarray) -> np.ndarray:
+    shapes = {np.shape(value) for value in success.values()}
+    if len(eps) < 2 or bool((np.diff(eps) <= 0).any()) or eps.min() < 0:
+        raise ValueError(f"expected at least two radii, rising from 0 or more, got {eps.tolist()}")
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != len(eps):
+        raise ValueError(f"expected arrays ({len(eps)} radii, examples), all alike, got {sorted(shapes)}")
+    return np.stack([np.asarray(value).astype(bool) for value in success.values()])

@@ -1,0 +1,223 @@
+"""Pictures of a defense at work, one per function: each takes data and axes, and returns the axes.
+
+Without ``ax=`` a new figure is made with pyplot. Scales are in pixels at the input, entropies in nats.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from probdefense.analysis.style import (
+    COLORS,
+    GRID,
+    MUTED,
+    cycle,
+    heading,
+    label_ends,
+    new_axes,
+    note,
+    percent,
+    quiet,
+)
+from probdefense.intervals import wilson
+from probdefense.prediction import Prediction
+from probdefense.types import Inputs, Labels
+
+
+def noise_scales(tree: Any, ax: Any = None) -> Any:
+    """The scale of every noise layer: one dot per fit, and a line over the elements of a layer.
+
+    Args:
+        tree: From `to_arviz` of one or several defenses.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: there is no noise layer.
+    """
+    posterior = tree["posterior"] if "posterior" in _groups(tree) else {}
+    if "noise_scale" not in posterior:
+        raise ValueError(
+            "this container has no noise layers; expected to_arviz(defense, data) of a noisy one"
+        )
+    values = posterior["noise_scale"]
+    layers = [str(name) for name in values["noise_layer"].values]
+    ax = new_axes(ax, (4.8, 0.9 + 0.3 * len(layers)))
+    for row, layer in enumerate(layers):
+        right = 0.0
+        if f"noise_scale.{layer}" in posterior:
+            elements = np.asarray(posterior[f"noise_scale.{layer}"])
+            right = elements.max()
+            ax.plot([elements.min(), right], [-row] * 2, color=COLORS[0], linewidth=2, alpha=0.4)
+        chains = np.asarray(values)[:, :, row].mean(1)
+        ax.plot(chains, [-row] * len(chains), "o", color=COLORS[0], markersize=6, alpha=0.8)
+        note(ax, f"{chains.mean():.3g}", (max(right, chains.max()), -row), (8, 0), va="center")
+    quiet(ax, "x").set_yticks([-row for row in range(len(layers))], layers)
+    ax.set_xlim(0, 1.12 * ax.get_xlim()[1])
+    ax.set_ylim(0.6 - len(layers), 0.6)
+    ax.locator_params(axis="x", nbins=6)
+    ax.set_xlabel("scale (pixels at the input, units of the activations inside)")
+    heading(
+        ax, "Noise scale by layer", "one dot per fit, with their mean; lines span the elements of a layer"
+    )
+    return ax
+
+
+def entropy_clean_attacked(clean: Any, attacked: Any, ax: Any = None) -> Any:
+    """How uncertain the predictive is on clean and on attacked inputs, as cumulative shares.
+
+    Args:
+        clean: A `Prediction`, or entropies in nats ``(batch,)``.
+        attacked: The same on attacked inputs.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+    """
+    ax = new_axes(ax, (4.8, 3.6))
+    for name, source, color in (("clean", clean, COLORS[0]), ("attacked", attacked, COLORS[1])):
+        values = np.sort(np.asarray(getattr(source, "predictive_entropy", source)))
+        shares = np.arange(1, len(values) + 1) / len(values)
+        ax.step(values, shares, where="post", color=color, linewidth=2)
+        text, middle = f"{name}\nmedian {np.median(values):.2f}", len(values) // 2
+        left = {"ha": "right", "va": "bottom"} if name == "clean" else {"ha": "left", "va": "top"}
+        note(
+            ax,
+            text,
+            (values[middle], shares[middle]),
+            (-8, 6) if name == "clean" else (8, -6),
+            color=color,
+            **left,
+        )
+    quiet(ax).set_xlabel("predictive entropy (nats)")
+    percent(ax, "y", 0.0, 1.02)
+    ax.set_xlim(left=0)
+    heading(ax, "Uncertainty, clean and attacked", "share of examples with at most this entropy")
+    return ax
+
+
+def reliability(
+    predictions: Prediction | Mapping[str, Prediction], y: Labels, *, num_bins: int = 10, ax: Any = None
+) -> Any:
+    r"""Accuracy against confidence in bins of equal width, with Wilson intervals and the ECE.
+
+    $$ \mathrm{ECE} = \sum_b \frac{n_b}{n} |\mathrm{acc}_b - \mathrm{conf}_b| $$
+
+    Args:
+        predictions: One, or several by name (clean, attacked).
+        y: True classes, ``(batch,)``, of all of them.
+        num_bins: Bins of the confidence.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    References:
+        Guo et al., 2017, [On Calibration of Modern Neural Networks](https://arxiv.org/abs/1706.04599)
+    """
+    named = predictions if isinstance(predictions, Mapping) else {"": predictions}
+    ax = new_axes(ax, (5.2, 4.6))
+    ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    for number, ((name, prediction), color) in enumerate(zip(named.items(), cycle(len(named)), strict=True)):
+        confidence, label = (np.asarray(v) for v in prediction.probs.cpu().max(-1))
+        right = label == np.asarray(y.cpu())
+        bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+        gap = 0.0
+        for each in np.unique(bins):
+            inside = bins == each
+            mean, share = confidence[inside].mean(), right[inside].mean()
+            gap += inside.mean() * abs(mean - share)
+            ax.plot(
+                [mean] * 2, wilson(right[inside].sum(), inside.sum()), color=color, linewidth=2, alpha=0.4
+            )
+            ax.plot(mean, share, "o", color=color, markersize=3 + 9 * inside.mean() ** 0.5)
+        text = f"{name}\nECE {100 * gap:.1f} %".strip()
+        note(ax, text, (1, 1), (8, -10 - 34 * number), xycoords="axes fraction", color=color, va="top")
+    quiet(ax).set(xlabel="confidence", ylabel="accuracy", aspect="equal")
+    percent(ax, "x")
+    percent(ax, "y")
+    heading(ax, "Reliability", "area of a dot: share of the examples")
+    return ax
+
+
+def image_grid(
+    x: Inputs,
+    x_adv: Inputs,
+    *,
+    titles: Sequence[str] | None = None,
+    amplify: float | None = None,
+    axes: Any = None,
+) -> Any:
+    r"""Images, attacked images, and the perturbation drawn as $1 - k |\delta|$: white is unchanged.
+
+    Args:
+        x: Clean images ``(batch, channels, height, width)`` in [0, 1]; the first eight are drawn.
+        x_adv: Attacked images, like `x`.
+        titles: One line per column, for example the label before and after.
+        amplify: $k$; the factor that makes the largest change black by default.
+        axes: ``(3, columns)`` axes to draw on.
+
+    Returns:
+        The axes, ``(3, columns)``.
+
+    References:
+        Liu et al., 2018, [Towards Robust Neural Networks via Random
+        Self-ensemble](https://arxiv.org/abs/1712.00673), Fig. 7.
+    """
+    columns = min(len(x), 8)
+    clean, attacked = (np.asarray(v[:columns].detach().cpu(), dtype=float) for v in (x, x_adv))
+    change = np.abs(attacked - clean)
+    factor = 1 / max(float(change.max()), 1e-12) if amplify is None else amplify
+    if axes is None:
+        from matplotlib import pyplot
+
+        _, axes = pyplot.subplots(
+            3, columns, figsize=(0.5 + 0.62 * columns, 2.2), layout="constrained", squeeze=False
+        )
+    rows = ("clean", clean), ("attacked", attacked), (f"change x {factor:.3g}", 1 - factor * change)
+    for line, (name, images) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(name, fontsize=8)
+        for ax, image in zip(line, images, strict=True):
+            picture = np.moveaxis(image, 0, -1).clip(0, 1)
+            ax.imshow(picture.squeeze(-1) if len(image) == 1 else picture, cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            for spine in ax.spines.values():
+                spine.set_color(GRID)
+    for ax, title in zip(axes[0], titles or (), strict=False):
+        ax.set_title(title, fontsize=8)
+    return axes
+
+
+def loss_traces(losses: Mapping[str, np.ndarray], ax: Any = None) -> Any:
+    """Loss over the steps of an attack or a training: the mean over draws, and a 90 % band between them.
+
+    Args:
+        losses: By name, arrays ``(steps, draws)`` or ``(steps,)``.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+    """
+    ax, ends = new_axes(ax, (4.8, 3.6)), []
+    colors = cycle(len(losses))
+    for values, color in zip(losses.values(), colors, strict=True):
+        table = np.asarray(values, dtype=float).reshape(len(values), -1)
+        steps = np.arange(1, len(table) + 1)
+        low, high = np.quantile(table, [0.05, 0.95], axis=1)
+        ax.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+        ax.plot(steps, table.mean(1), color=color, linewidth=2)
+        ends.append(table[-1].mean())
+    quiet(ax).set(xlabel="step", ylabel="loss")
+    last = max(len(values) for values in losses.values())
+    ax.set_xlim(1, last)
+    label_ends(ax, list(losses), last, ends, colors)
+    heading(ax, "Loss", "mean and 90 % band between draws")
+    return ax
+
+
+def _groups(tree: Any) -> set[str]:
+    """Names of the groups of a container of either version of ArviZ."""
+    return set(tree.children) if hasattr(tree, "children") else set(tree.groups())

@@ -1,0 +1,222 @@
+"""Pictures of reports, one per function: each takes data and axes, and returns the axes.
+
+Without ``ax=`` a new figure is made with pyplot. Shares are in percent, radii in pixels, entropies in
+nats; intervals are those of the report.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from probdefense.analysis.curves import RobustnessCurve
+from probdefense.analysis.style import (
+    COLORS,
+    MUTED,
+    cycle,
+    heading,
+    label_ends,
+    new_axes,
+    note,
+    percent,
+    quiet,
+)
+from probdefense.report import Report, Row
+from probdefense.types import Labels
+
+
+def accuracy_chart(
+    report: Report, *, rule: str | None = None, eps: float | None = None, ax: Any = None
+) -> Any:
+    """Accuracy of every defense, clean and under each attack, as dots with intervals.
+
+    Args:
+        report: One or several defenses.
+        rule: Which rule; the first of the report by default.
+        eps: Which radius; the largest by default.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+    """
+    rule = rule or report.rows[0]["rule"]
+    eps = max(row["eps"] for row in report.rows) if eps is None else eps
+    rows = [r for r in report.rows if r["rule"] == rule and r["eps"] in (eps, 0.0)]
+    ax = new_axes(ax, (4.8, 0.9 + 0.21 * (len(rows) + 1.4 * len(report.defenses))))
+    height, ticks = 0.0, []
+    for defense in report.defenses:
+        height -= 1.4
+        ax.text(-0.01, height + 0.75, defense, fontweight="bold", ha="right", va="center")
+        for row in (row for row in rows if row["defense"] == defense):
+            height -= 1.0
+            ticks.append((height + 0.75, row["attack"]))
+            color = {"clean": MUTED, "worst": COLORS[1]}.get(row["attack"], COLORS[0])
+            ax.plot([row["low"], row["high"]], [height + 0.75] * 2, color=color, linewidth=2, alpha=0.45)
+            ax.plot(row["accuracy"], height + 0.75, "o", color=color, markersize=6, clip_on=False)
+            ax.text(1.02, height + 0.75, _percent_and_interval(row), fontsize=8.5, va="center")
+    quiet(ax, "x").set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    percent(ax, "x")
+    ax.set_ylim(height + 0.2, 0.0)
+    count = rows[0]["num_examples"]
+    about = f"{norm_name(report)} radius {eps:g}, rule {rule}, {count} examples, 95 % intervals"
+    heading(ax, "Accuracy", about)
+    return ax
+
+
+def robustness_curves(
+    source: RobustnessCurve | Report, *, attack: str | None = None, rule: str | None = None, ax: Any = None
+) -> Any:
+    """Accuracy as a function of the radius: posterior bands of a curve, or the intervals of a report.
+
+    Args:
+        source: From `robustness_curve` (median and 95 % band, with what was measured as dots), or a
+            report over several radii or of a minimum-norm attack.
+        attack: Which attack of a report; the last by default.
+        rule: Which rule of a report; the first by default.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+    """
+    ax = new_axes(ax, (4.8, 4.0))
+    if isinstance(source, RobustnessCurve):
+        ends, about = _draw_bands(ax, source), "posterior median and 95 % band; dots are measured"
+    else:
+        rule, attack = rule or source.rows[0]["rule"], attack or source.rows[-1]["attack"]
+        ends, about = {}, f"attack {attack}, rule {rule}, 95 % intervals"
+        for name, color in zip(source.defenses, cycle(len(source.defenses)), strict=True):
+            ends[name] = _draw_rows(ax, source.curve(attack, rule, defense=name), "eps", color)
+    quiet(ax).set_xlabel("radius (pixels)")
+    percent(ax, "y")
+    right = max(x for x, _ in ends.values())
+    ax.set_xlim(0, right)
+    ax.locator_params(axis="x", nbins=6)
+    label_ends(ax, list(ends), right, [y for _, y in ends.values()], cycle(len(ends)))
+    heading(ax, "Robust accuracy", about)
+    return ax
+
+
+def certified_vs_empirical(
+    certificate: Any,
+    y: Labels,
+    report: Report | None = None,
+    *,
+    attack: str | None = None,
+    rule: str | None = None,
+    ax: Any = None,
+) -> Any:
+    """Accuracy certified at each radius, beside the accuracy that an L2 attack leaves.
+
+    Args:
+        certificate: From `certify`.
+        y: True classes, ``(batch,)``.
+        report: The same defense under an L2 attack, at several radii or of minimum norm.
+        attack: Which attack of the report; the last by default.
+        rule: Which rule of the report; the first by default.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: a report in another norm.
+    """
+    ax, reach = new_axes(ax, (4.8, 4.0)), 1.1 * max(float(certificate.radius.max()), 1e-6)
+    if report is not None:
+        if str(report.settings.get("norm")) != "2":
+            raise ValueError(f"expected a report in the L2 norm, got norm {report.settings.get('norm')}")
+        rows = report.curve(attack or report.rows[-1]["attack"], rule or report.rows[0]["rule"])
+        reach = max(reach, _draw_rows(ax, rows, "eps", COLORS[1])[0])
+        middle = rows[len(rows) // 2]
+        note(ax, "left by the attack", (middle["eps"], middle["accuracy"]), (8, 8), color=COLORS[1])
+    certified = certificate.curve(y, np.linspace(0.0, reach, 400).tolist())
+    radii, shares = ([row[name] for row in certified] for name in ("eps", "accuracy"))
+    ax.fill_between(radii, shares, color=COLORS[0], alpha=0.15, linewidth=0)
+    ax.plot(radii, shares, color=COLORS[0], linewidth=2)
+    note(ax, "certified", (0, 0), (8, 8), color=COLORS[0])
+    quiet(ax).set_xlabel("L2 radius (pixels)")
+    percent(ax, "y")
+    ax.set_xlim(0, reach)
+    ax.locator_params(axis="x", nbins=6)
+    heading(ax, "Certified and empirical accuracy", "no attack can leave less than what is certified")
+    return ax
+
+
+def eot_convergence(
+    report: Report, *, rule: str | None = None, attacks: Sequence[str] | None = None, ax: Any = None
+) -> Any:
+    """Robust accuracy against the draws per gradient step, at one budget of gradients.
+
+    Args:
+        report: Of attacks that differ in their draws per call, as by `with_draws`.
+        rule: Which rule; the first by default.
+        attacks: Which attacks; all that have draws by default.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes; the title says the budget, or that it differs.
+
+    Raises:
+        ValueError: no such attacks.
+    """
+    rule, reach = rule or report.rows[0]["rule"], max(row["eps"] for row in report.rows)
+    rows = [r for r in report.rows if (r["rule"], r["eps"]) == (rule, reach) and r["attack_samples"]]
+    rows = [row for row in rows if attacks is None or row["attack"] in attacks]
+    if not rows:
+        raise ValueError("expected attacks with draws per call, as by with_draws(attack, 16), got none")
+    rows.sort(key=lambda row: row["attack_samples"])
+    ax, ends = new_axes(ax, (4.8, 3.8)), {}
+    names = list(dict.fromkeys(row["defense"] for row in rows))
+    for name, color in zip(names, cycle(len(names)), strict=True):
+        ends[name] = _draw_rows(ax, [r for r in rows if r["defense"] == name], "attack_samples", color)
+    draws = sorted({row["attack_samples"] for row in rows})
+    quiet(ax).set_xscale("log", base=2)
+    ax.set_xticks(draws, [str(count) for count in draws])
+    ax.minorticks_off()
+    ax.set_xlabel("draws per gradient step")
+    percent(ax, "y")
+    label_ends(ax, names, draws[-1], [y for _, y in ends.values()], cycle(len(names)))
+    budgets = sorted({round(row["gradients"] / row["num_examples"]) for row in rows})
+    equal = (
+        str(budgets[0]) if budgets[-1] <= 1.1 * budgets[0] else f"{budgets[0]} to {budgets[-1]}, not equal"
+    )
+    heading(ax, "Robust accuracy and draws per step", f"gradients per image: {equal}; 95 % intervals")
+    return ax
+
+
+MANY = 20
+"""From this many points on, intervals are drawn as one band."""
+
+
+def _draw_bands(ax: Any, curve: RobustnessCurve) -> dict[str, tuple[float, float]]:
+    """Posterior bands; returns where each line ends."""
+    ends = {}
+    for name, color in zip(curve.defenses, cycle(len(curve.defenses)), strict=True):
+        low, middle, high = curve.band(name)
+        ax.fill_between(curve.eps, low, high, color=color, alpha=0.18, linewidth=0)
+        ax.plot(curve.eps, middle, color=color, linewidth=2)
+        ax.plot(*curve.observed[name], "o", color=color, markersize=4.5, clip_on=False)
+        ends[name] = (float(curve.eps[-1]), float(middle[-1]))
+    return ends
+
+
+def _draw_rows(ax: Any, rows: Sequence[Row], name: str, color: str) -> tuple[float, float]:
+    """Accuracies with intervals over one entry of the rows; returns where the line ends."""
+    x, y, low, high = ([row[key] for row in rows] for key in (name, "accuracy", "low", "high"))
+    if len(rows) >= MANY:
+        ax.fill_between(x, low, high, step="post", color=color, alpha=0.18, linewidth=0)
+        ax.step(x, y, where="post", color=color, linewidth=2)
+    else:
+        ax.vlines(x, low, high, color=color, linewidth=2, alpha=0.4, clip_on=False)
+        ax.plot(x, y, "o-", color=color, markersize=5, linewidth=1.5, clip_on=False)
+    return float(x[-1]), float(y[-1])
+
+
+def norm_name(report: Report) -> str:
+    """How the norm of a report is written."""
+    norm = str(report.settings.get("norm", "inf"))
+    return "l-inf" if norm == "inf" else f"L{norm}"
+
+
+def _percent_and_interval(row: Row) -> str:
+    return f"{100 * row['accuracy']:.0f}  [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"

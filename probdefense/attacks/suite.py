@@ -1,0 +1,173 @@
+r"""The suite: several attacks in order of cost, each on the examples that still stand.
+
+In the manner of AutoAttack (Croce and Hein, 2020, [Reliable evaluation of adversarial robustness with an
+ensemble of diverse parameter-free attacks](https://arxiv.org/abs/2003.01690)), made for defenses that
+answer at random. There one lucky draw says nothing, so an example leaves only when a verdict is wrong
+with 99 % confidence, by draws that no attack has climbed:
+
+$$ \bar m + 2.33\, s_m \le 0, \qquad m = \text{the margin of the rule on held-out draws} $$
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from probdefense.adapters import Samples, can_freeze
+from probdefense.attacks.apgd import apgd
+from probdefense.attacks.border import attack
+from probdefense.attacks.fmn import fmn
+from probdefense.attacks.pgd import pgd
+from probdefense.attacks.selection import SELECTION_DRAWS, Best, Goal
+from probdefense.attacks.settle import HALVINGS, HELD_OUT_DRAWS, STRIDES, held_out, surrogate
+from probdefense.attacks.square import square
+from probdefense.attacks.transfer import transfer
+from probdefense.attacks.worst_of import run
+from probdefense.losses import dlr, predictive_margin
+from probdefense.ops import Ball, lp_norm, per_example
+from probdefense.progress import track
+from probdefense.rng import Stream
+from probdefense.rules import mean_prob
+from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Rule, Seed
+
+TARGETS = 2
+"""Wrong classes that are climbed toward."""
+
+LEAST = 10
+"""Steps or answers that a stage needs to be worth its place."""
+
+
+@attack
+def suite(
+    logits_fn: LogitsFn,
+    x: Inputs,
+    y: Labels,
+    *,
+    eps: float,
+    norm: Norm = math.inf,
+    budget: int = 1000,
+    rule: Rule = mean_prob,
+    seed: Seed = None,
+    max_batch: int | None = None,
+) -> Inputs:
+    r"""PGD on the mean network, one-draw APGD, APGD on the margin of many draws, targeted, FMN, Square.
+
+    The mean network comes first because its points break most of a random defense at a sixteenth of the
+    cost of averaging, and Square last because it needs no gradients: where it still finds points, the
+    defense hides its gradients. Without randomness it is a usual suite with an active set.
+
+    Args:
+        logits_fn: What is attacked; the suite chooses the draws per call itself.
+        x: ``(batch, *event)`` in [0, 1].
+        y: True classes, ``(batch,)``.
+        eps: Radius in pixels.
+        norm: 1 (without Square), 2 or ``inf``.
+        budget: Forward evaluations per image at most, every draw counting as one and the judge's
+            included; nearly all of them with a gradient.
+        rule: The decision that must be wrong.
+        seed: An int, one per example, or a generator; fixes every random number of the attacks.
+        max_batch: Examples at once.
+
+    Returns:
+        For every example the point with the smallest margin on held-out draws, ``(batch, *event)``.
+
+    Raises:
+        ValueError: bad inputs or settings, or a budget below ten steps of every attack.
+
+    References:
+        Croce and Hein, 2020, [Reliable evaluation of adversarial robustness with an ensemble of
+        diverse parameter-free attacks](https://arxiv.org/abs/2003.01690)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> defense = pd.defenses.rse(pd.models.small_cnn())
+        >>> x_adv = suite(defense, torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), eps=0.1, seed=0)
+    """
+    rng, ball, best, judge = Stream.of(seed, x), Ball(x, eps, norm), Best(x), held_out(logits_fn)
+    goal = Goal(y, rule=rule, sure=logits_fn.stochastic)
+    rows = torch.arange(len(x), device=x.device)
+
+    def standing(points: Inputs) -> torch.Tensor:
+        with torch.no_grad():
+            logits = judge(points)
+        doubt = goal.take(rows).remaining(logits)
+        best.offer(points, doubt, rows)
+        return rows[doubt > 0]
+
+    with torch.no_grad():
+        width = logits_fn(x[:1], 1).shape[0]
+    stages = _stages(logits_fn, norm, width)
+    counts = _counts(stages, budget - width, HELD_OUT_DRAWS if logits_fn.stochastic else width)
+    rows = standing(x)
+    for stage, count in track(list(zip(stages, counts, strict=True)), "suite"):
+        if len(rows) == 0:
+            break
+        one, options = (
+            partial(stage.attack, **{stage.unit: count}),
+            {"eps": ball.take(rows).eps, "norm": norm},
+        )
+        function = Samples(logits_fn, stage.draws)
+        rows = standing(run(one, function, x[rows], y[rows], rng.take(rows).split(stage.name), options))
+    return best.x
+
+
+class Stage(NamedTuple):
+    """One attack of the suite: its share of the budget, and what it costs.
+
+    ``unit`` is the option that is counted, ``each`` what one of it costs and ``fixed`` what does not
+    depend on it, in forward evaluations per image.
+    """
+
+    name: str
+    share: float
+    draws: int
+    attack: Attack
+    each: int
+    fixed: int = 0
+    unit: str = "num_steps"
+
+
+def _stages(logits_fn: LogitsFn, norm: Norm, width: int) -> list[Stage]:
+    """The attacks that suit the function and the norm; `width` is how many draws its answers have."""
+    random = logits_fn.stochastic
+    climb: Attack = partial(apgd, active_set=not random)
+    source = logits_fn.mean() if random and hasattr(logits_fn, "mean") else logits_fn
+    mean: Attack = transfer(partial(pgd, active_set=not random), source)
+    few, many = (4, 8) if random else (width, width)
+    chosen = few + TARGETS * (SELECTION_DRAWS if random else width)
+    stages = [
+        Stage("mean", 0.1, width, mean, width),
+        Stage("one draw", 0.25, width, climb, width),
+        Stage("margin", 0.3, many, partial(climb, loss=predictive_margin), many),
+        Stage("targets", 0.15, few, partial(climb, loss=dlr, num_targets=TARGETS), few * TARGETS, chosen),
+    ]
+    if can_freeze(logits_fn) or not random:
+        stages.append(Stage("nearest", 0.1, few, _nearest, few, few * (STRIDES + HALVINGS)))
+    if norm != 1:
+        stages.append(Stage("square", 0.1, width, square, 1, unit="max_queries"))
+    return stages
+
+
+def _counts(stages: list[Stage], budget: int, judging: int) -> list[int]:
+    """How many steps or queries every stage gets; `judging` is what a comparison costs.
+
+    Raises:
+        ValueError: the budget is too small.
+    """
+    fixed = judging * (len(stages) + 1) + sum(stage.fixed for stage in stages)
+    total = sum(stage.share for stage in stages)
+    needed = fixed + max(math.ceil(LEAST * max(stage.each, stage.draws) * total / stage.share) for stage in stages)
+    if budget < needed:
+        raise ValueError(f"budget={budget} does not pay for {LEAST} steps of every attack; needed: {needed}")
+    return [int((budget - fixed) * stage.share / total / stage.each) for stage in stages]
+
+
+def _nearest(
+    logits_fn: LogitsFn, x: Inputs, y: Labels, *, eps: Any, norm: Norm, num_steps: int, seed: Seed = None
+) -> Inputs:
+    """FMN on frozen draws; its points go on along their rays to the sphere."""
+    points = fmn(surrogate(logits_fn, "suite"), x, y, norm=norm, num_steps=num_steps, seed=seed)
+    ball, ray = Ball(x, eps, norm), points - x
+    length = per_example(lp_norm(ray, norm), x).clamp_min(1e-12)
+    return ball.project(x + ball.radius / length * ray)

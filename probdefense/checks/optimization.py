@@ -1,0 +1,108 @@
+"""Checks of how the attack went: what it climbed, where it stopped, what it forgot."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probdefense.attacks.pgd import pgd
+from probdefense.attacks.selection import Best
+from probdefense.checks.bench import Bench, beyond
+from probdefense.checks.results import Check, judged, skipped
+from probdefense.rules import margins
+from probdefense.types import Inputs, Logits
+
+
+class Watched:
+    """The function under attack, with a record of what every gradient step saw.
+
+    Attributes:
+        losses: What was climbed, one ``(batch,)`` per step.
+        best: The point with the smallest margin on the draws of its step.
+        margin: The margin at the last step, ``(batch,)``.
+    """
+
+    def __init__(self, bench: Bench):
+        self.bench, self.best = bench, Best(bench.x)
+        self.losses: list[Tensor] = []
+        self.margin = torch.zeros(len(bench.x))
+
+    @property
+    def stochastic(self) -> bool:
+        return self.bench.logits_fn.stochastic
+
+    def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
+        logits = self.bench.logits_fn(x, num_samples)
+        if x.requires_grad:
+            seen = logits.detach()
+            self.losses.append(self.bench.loss(seen, self.bench.y))
+            self.margin = margins(self.bench.rule, seen, self.bench.y).mean(0)
+            self.best.offer(x.detach(), self.margin)
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "bench":
+            raise AttributeError(name)
+        return getattr(self.bench.logits_fn, name)
+
+
+def optimization(bench: Bench) -> Iterator[Check]:
+    """Runs the attack that is checked from one start, watched."""
+    watched = Watched(bench)
+    ascent = partial(pgd, eps=bench.eps, num_steps=bench.steps, loss=bench.loss)
+    final = bench.correct(bench.points(ascent, "base", bench.draws, watched))
+    if bench.restarts == 1:
+        bench.known[1] = final
+    losses = torch.stack(watched.losses).double().cpu().numpy()
+    standing = final.mean(0) > 0.5
+    yield _silent(bench, watched, final)
+    yield _incomplete(losses[:, standing])
+    yield _flat(losses[:, standing])
+    yield _own_draws(watched, final)
+
+
+def _silent(bench: Bench, watched: Watched, final: np.ndarray) -> Check:
+    """Indicator 3 (silent success): a better point was met on the way than the one returned."""
+    met = bench.correct(watched.best.x)
+    evidence = {"accuracy": float(final.mean()), "at the best point met": float(met.mean())}
+    advice = "keep the best point by its margin on fresh draws (apgd, or restarts), not the last one"
+    return judged("silent success", beyond(final - met), "attack too weak", advice, evidence)
+
+
+def _incomplete(losses: np.ndarray) -> Check:
+    """Indicator 4 (incomplete optimization): the loss of examples that stand is still rising."""
+    name = "complete optimization"
+    if losses.shape[1] == 0 or len(losses) < 8:
+        return skipped(name, "no example stands, or fewer than 8 steps")
+    parts = np.stack([part.mean(0) for part in np.array_split(losses, 8)])
+    total = parts.max(0) - losses[0]
+    late = np.where(total > 0, (parts[-1] - parts[-2]) / np.maximum(total, 1e-300), 0.0).clip(-1, 1)
+    evidence = {"of the rise in the last eighth": float(late.mean())}
+    advice = "the loss still rises where the attack stops: give it more steps"
+    return judged(name, beyond(late, LATE), "attack too weak", advice, evidence)
+
+
+LATE = 0.05
+"""Share of the whole rise of the loss that may fall into the last eighth of the steps."""
+
+
+def _flat(losses: np.ndarray) -> Check:
+    """Loss plateau: the share of examples that stand and whose loss the ascent never raised."""
+    name = "loss plateau"
+    if losses.shape[1] == 0 or len(losses) < 4:
+        return skipped(name, "no example stands, or fewer than 4 steps")
+    quarter = max(1, len(losses) // 4)
+    flat = losses[-quarter:].mean(0) <= losses[:quarter].mean(0)
+    advice = "the attack climbs nothing: its loss is flat or misleads; climb logits (margin, DLR)"
+    return judged(name, beyond(flat), "defense masks", advice, {"never raised": float(flat.mean())})
+
+
+def _own_draws(watched: Watched, final: np.ndarray) -> Check:
+    """Indicator 5 (transfer failure): success on what the attack saw, and not on the verdict's draws."""
+    own = (watched.margin > 0).cpu().numpy()[None]
+    evidence = {"accuracy": float(final.mean()), "on the attack's own draws": float(own.mean())}
+    advice = "the attack fools the draws that it climbed and not others: give it fresh draws, or settle"
+    return judged("fresh draws", beyond(final - own), "attack too weak", advice, evidence)

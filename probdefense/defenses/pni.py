@@ -1,0 +1,103 @@
+r"""Parametric noise injection: trained noise on weights or activations, in proportion to their spread.
+
+He et al., 2019, [Parametric Noise Injection](https://arxiv.org/abs/1811.09310). The weight of every
+convolution and linear layer becomes $w + \alpha_l\, \mathrm{std}(w)\, \eta$, $\eta \sim N(0, I)$ drawn once
+per forward pass, and $\alpha_l$ is trained with the weights. Plain training takes $\alpha$ to zero; the
+paper keeps it up with half clean, half adversarial batches, ``mixed(elbo, pgd, weight=0.5)``.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+from probdefense.defense import Defense
+from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel
+from probdefense.families import Fixed
+from probdefense.nn.relative_noise import RelativeNoise, WeightNoise
+from probdefense.nn.surgery import insert_after, insert_before, matching
+from probdefense.sites import Site, WeightNoiseSite, WeightSite, tied_names, unused
+from probdefense.validation import check_member, check_positive
+
+
+def pni(
+    net: nn.Module,
+    *,
+    num_data: int | None = None,
+    alpha_init: float = 0.25,
+    place: Literal["weight", "input", "output"] = "weight",
+    scale_shape: Literal["scalar", "channel", "element"] = "scalar",
+) -> Defense:
+    r"""Adds trained noise to every convolution and linear layer, $v + \alpha_l\, \mathrm{std}(v)\, \eta$.
+
+    The coefficients get no weight decay (`Defense.param_groups`). Weight noise is one draw for the
+    whole batch; noise on inputs or outputs is drawn, and its deviation taken, for every example.
+
+    Args:
+        net: A network or a `Defense`; it is copied, parameters keep their names.
+        num_data: Size of the training set; not needed, as the noise has no KL.
+        alpha_init: Where every $\alpha$ starts.
+        place: What gets noise: the weights (the paper's best), or what each layer receives or returns.
+        scale_shape: One $\alpha$ per layer, per channel, or per element (of weights only).
+
+    Returns:
+        A `Defense`; the coefficients are parameters named ``weight_noise.alpha`` or ``pni.alpha``.
+
+    Raises:
+        ValueError: no convolution or linear layer, or an option outside its choices.
+
+    References:
+        He et al., 2019, [Parametric Noise Injection](https://arxiv.org/abs/1811.09310)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> defense = pni(pd.models.small_cnn())
+        >>> list(defense.sites), defense(torch.rand(2, 1, 8, 8), num_samples=3).shape
+        (['weight_noise'], torch.Size([3, 2, 10]))
+    """
+    check_positive("alpha_init", alpha_init)
+    check_member("place", place, ("weight", "input", "output"))
+    check_member("scale_shape", scale_shape, ("scalar", "channel", "element"))
+    if place != "weight" and scale_shape == "element":
+        raise ValueError("scale_shape='element' is for weights; activations have 'scalar' or 'channel'")
+    net, sites, num_data = host(net, num_data)
+    kinds = (*CONVOLUTIONS, nn.Linear)
+    layers = [layer for _, layer in matching(net, kinds)]
+    if not layers:
+        raise ValueError(
+            f"found nothing to add noise to in {type(net).__name__}; looked for "
+            f"{', '.join(kind.__name__ for kind in kinds)}"
+        )
+    if place == "weight":
+        sites = [*sites, _on_weights(net, layers, sites, alpha_init, scale_shape)]
+        return Defense.from_sites(net, sites, num_data)
+    insert, side = (insert_before, "in") if place == "input" else (insert_after, "out")
+    for layer in layers:
+        shape = per_channel(layer, side) if scale_shape == "channel" else ()
+        insert(layer, "pni", RelativeNoise(alpha_init, shape).to(device_and_dtype(net)))
+    return Defense.from_sites(net, sites, num_data)
+
+
+def _on_weights(
+    net: nn.Module, layers: Iterable[nn.Module], sites: list[Site], alpha: float, scale_shape: str
+) -> WeightNoiseSite:
+    """One flat site for the noise of all weights, and a layer with the coefficients beside each."""
+    owners = set(layers)
+    moved = [group for site in sites if type(site) is WeightSite for group in site.names]
+    noisy = [
+        names
+        for names in (*moved, *tied_names(net).values())
+        if names[0].endswith("weight") and net.get_submodule(names[0].rpartition(".")[0]) in owners
+    ]
+    name = unused("weight_noise", {site.name for site in sites})
+    like, shapes = device_and_dtype(net), []
+    for names in noisy:
+        owner = net.get_submodule(names[0].rpartition(".")[0])
+        shape: torch.Size = owner.weight.shape  # type: ignore[assignment]
+        alphas = {"scalar": (), "channel": (shape[0], *[1] * (len(shape) - 1)), "element": tuple(shape)}
+        owner.add_module(name, WeightNoise(alpha, alphas[scale_shape]).to(like))
+        shapes.append(shape)
+    standard = Fixed(dist.Normal(0.0, 1.0)).to(like)
+    return WeightNoiseSite(name, standard, None, names=tuple(noisy), shapes=tuple(shapes), layer=name)

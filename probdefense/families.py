@@ -1,0 +1,157 @@
+r"""Distributions of the elements of a site, as modules, and the divergence between two of them.
+
+A module gives the distribution of one element (or of a flat vector of elements), so that parameters
+and buffers move, save and copy with the defense.
+"""
+
+import inspect
+import math
+import warnings
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints, kl_divergence, register_kl
+from torch.distributions.utils import broadcast_all
+
+
+class MultiplicativeLogNormal(dist.TorchDistribution):
+    r"""A value times log-normal noise of mean 1, $\theta = \mu\, e^{\sigma \varepsilon - \sigma^2 / 2}$.
+
+    The sign never changes and the mean is $\mu$, so $\sigma$ is relative noise: a standard deviation
+    of $\sigma$ means about $100\,\sigma$ percent. Where $\mu = 0$ the noise has nothing to multiply
+    and the KL from any density is infinite.
+
+    Args:
+        loc: $\mu$, any sign.
+        scale: $\sigma$, the standard deviation of $\log |\theta|$.
+        validate_args: As in torch.
+
+    Examples:
+        >>> q = MultiplicativeLogNormal(torch.tensor([-2.0]), torch.tensor([0.1]))
+        >>> bool((q.sample((9,)) < 0).all()), q.mean
+        (True, tensor([-2.]))
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
+    support = constraints.real
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
+        self.loc, self.scale = broadcast_all(loc, scale)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "MultiplicativeLogNormal":
+        return type(self)(self.loc.expand(batch_shape), self.scale.expand(batch_shape), validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        return self.loc**2 * torch.expm1(self.scale**2)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        eps = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc * torch.exp(self.scale * (eps - self.scale / 2))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        ratio = value / self.loc
+        eps = ratio.clamp_min(1e-30).log() / self.scale + self.scale / 2
+        density = -(eps**2) / 2 - (self.scale * value.abs()).log() - math.log(2 * math.pi) / 2
+        return torch.where(ratio > 0, density, -torch.inf)
+
+
+@register_kl(MultiplicativeLogNormal, torch.distributions.Normal)
+def _kl_multiplicative(q: Any, p: Any) -> Tensor:
+    entropy = (2 * math.pi * math.e * q.scale**2).log() / 2 + q.loc.abs().log() - q.scale**2 / 2
+    square = q.variance + (q.loc - p.loc) ** 2
+    return (2 * math.pi * p.scale**2).log() / 2 + square / (2 * p.scale**2) - entropy
+
+
+class Fixed(nn.Module):
+    """A distribution without trained parameters, kept in buffers so that it moves with its module."""
+
+    def __init__(self, distribution: Distribution):
+        super().__init__()
+        # The Pyro class of the same name, so that torch's own distributions may be given.
+        self.kind: Any = getattr(dist, type(distribution).__name__, type(distribution))
+        known = inspect.signature(self.kind.__init__).parameters
+        self.names = [name for name in distribution.arg_constraints if name in known]
+        if {"probs", "logits"} <= set(self.names):
+            self.names.remove("probs" if "logits" in distribution.__dict__ else "logits")
+        for name in self.names:
+            self.register_buffer(name, torch.as_tensor(getattr(distribution, name)).detach().clone())
+        values = [getattr(self, name).tolist() for name in self.names]
+        self.standard_normal = self.kind is dist.Normal and values == [0.0, 1.0]
+
+    def forward(self) -> Distribution:
+        """The distribution, on the device where the module is."""
+        return self.kind(**{name: getattr(self, name) for name in self.names}, validate_args=False)
+
+
+class MeanField(nn.Module):
+    r"""Independent elements with trained location and scale, $\sigma = \text{floor} + e^{\rho}$.
+
+    Args:
+        loc: Where the locations start, ``(D,)``.
+        init_scale: Where every scale starts, above the floor.
+        family: ``Normal``, ``Laplace`` or another class of ``(loc, scale)`` with mean ``loc``.
+        floor: The smallest scale.
+    """
+
+    def __init__(self, loc: Tensor, init_scale: float, family: Any = dist.Normal, floor: float = 0.0):
+        super().__init__()
+        self.kind, self.floor = family, floor
+        self.loc = nn.Parameter(loc.detach().clone())
+        self.log_scale = nn.Parameter(torch.full_like(self.loc, math.log(init_scale - floor)))
+
+    @property
+    def scale(self) -> Tensor:
+        """The current scales, ``(D,)``."""
+        scale = self.log_scale.exp()
+        return scale + self.floor if self.floor else scale
+
+    def forward(self) -> Distribution:
+        """The distribution of the flat vector, one element each."""
+        return self.kind(self.loc, self.scale, validate_args=False)
+
+
+class Spread(nn.Module):
+    """A zero-mean posterior whose scale is a trained multiple, at least `floor`, of the standard prior's."""
+
+    def __init__(self, shape: tuple[int, ...], family: Any = dist.Normal, floor: float = 0.0):
+        super().__init__()
+        self.kind, self.floor = family, floor
+        self.log_scale = nn.Parameter(torch.full(shape, 1 - floor).log())
+
+    def forward(self) -> Distribution:
+        """The distribution of one element, batch shape that of the scale."""
+        scale = self.floor + self.log_scale.exp()
+        return self.kind(torch.zeros_like(scale), scale, validate_args=False)
+
+
+def divergence(q: Distribution, p: Distribution, value: Tensor, name: str) -> Tensor:
+    r"""Total $\mathrm{KL}(q \| p)$ over all elements: closed if known, else $\log q - \log p$ at `value`."""
+    if type(q) is dist.Normal and type(p) is dist.Normal and p.scale.dim() == 0 and q.loc.dim() == 1:
+        return _flat_normal_kl(q, p)
+    try:
+        return kl_divergence(q, p).sum()
+    except NotImplementedError:
+        warnings.warn(
+            f"KL({type(q).__name__} || {type(p).__name__}) of site {name!r} has no closed form and is "
+            "estimated from one draw; expect noise in the reported KL",
+            stacklevel=2,
+        )
+        return (q.log_prob(value) - p.log_prob(value)).sum()
+
+
+def _flat_normal_kl(q: Any, p: Any) -> Tensor:
+    """KL of a long diagonal Normal from a shared scalar one, by sums that make no temporary."""
+    loc = q.loc if p.loc == 0 else q.loc - p.loc
+    squares = torch.dot(loc, loc) + torch.dot(q.scale, q.scale)
+    logs = q.scale.log().sum() - q.loc.numel() * p.scale.log()
+    return squares / (2 * p.scale**2) - logs - q.loc.numel() / 2

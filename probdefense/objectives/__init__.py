@@ -1,0 +1,26 @@
+r"""What training minimizes, in nats per example: ``objective(defense, x, y) -> scalar``.
+
+An objective sees a defense through `Defense.step` alone, so every objective trains every defense.
+`elbo` is an objective; every other name here takes settings and returns one. Keyword arguments given
+to a returned objective pass through to the one inside, so a schedule reaches the ELBO in the middle.
+"""
+
+from probdefense.objectives.adversarial import adversarial, mixed, warm_up
+from probdefense.objectives.augmentation import gaussian_augmented
+from probdefense.objectives.distillation import distilled
+from probdefense.objectives.elbo import Schedule, elbo, multi_sample
+from probdefense.objectives.module import LossModule
+from probdefense.objectives.trades import trades
+
+__all__ = [
+    "LossModule",
+    "Schedule",
+    "adversarial",
+    "distilled",
+    "elbo",
+    "gaussian_augmented",
+    "mixed",
+    "multi_sample",
+    "trades",
+    "warm_up",
+]

@@ -81,24 +81,27 @@ def bootstrap_coverage(accuracy: float, size: tuple[int, int], world: str, repea
     return hits / repeats
 
 
+def difference_table(rng: np.random.Generator, seeds: int, spread: float) -> tuple[np.ndarray, float]:
+    """Differences ``(seeds, examples)`` of two methods whose scores training moves, and their mean."""
+    examples, scores = rng.normal(size=200) * math.sqrt(0.7), (0.3, 0.4)
+    a, b = (
+        score
+        + examples
+        + rng.normal(size=(seeds, 1)) * spread
+        + rng.normal(size=(seeds, 200)) * math.sqrt(0.3)
+        for score in scores
+    )
+    truth = [float(ndtr(score / math.hypot(1, spread))) for score in scores]
+    return (a > 0).astype(float) - (b > 0), truth[0] - truth[1]
+
+
 def difference_coverage(seeds: int, spread: float, repeats: int = 1000) -> tuple[float, float]:
-    """Coverage of `compare`'s interval and of the bootstrap, where training moves the score by `spread`."""
+    """Coverage of `compare`'s interval and of the bootstrap over seeds and examples."""
     rng, hits = np.random.default_rng(0), np.zeros(2)
-    scores = (0.3, 0.4)
-    truth = float(np.subtract(*(ndtr(score / math.hypot(1, spread)) for score in scores)))
     for _ in range(repeats):
-        examples = rng.normal(size=200) * math.sqrt(0.7)
-        sides = [
-            score
-            + examples
-            + rng.normal(size=(seeds, 1)) * spread
-            + rng.normal(size=(seeds, 200)) * math.sqrt(0.3)
-            > 0
-            for score in scores
-        ]
-        difference = sides[0].astype(float) - sides[1]
-        center, found = paired(difference)
-        low, high = bootstrap(rng, difference)
+        table, truth = difference_table(rng, seeds, spread)
+        center, found = paired(table)
+        low, high = bootstrap(rng, table)
         hits += [abs(center - truth) <= found.half_width(), low <= truth <= high]
     return tuple(hits / repeats)
 
@@ -122,7 +125,7 @@ def intervals(repeats: int) -> None:
 
 
 def differences(repeats: int) -> None:
-    print("\ntraining seeds, spread of their scores: compare, bootstrap over seeds and examples")
+    print("\ncoverage; training seeds, spread of their scores: compare, bootstrap over seeds and examples")
     for seeds in (2, 3, 5, 10):
         for spread in (0.0, 0.05, 0.15):
             print(f"{seeds:3d} {spread:.2f}", *_percent(difference_coverage(seeds, spread, repeats)))

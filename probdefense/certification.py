@@ -23,8 +23,9 @@ from torch.nn.functional import one_hot
 
 from probdefense.intervals import wilson
 from probdefense.progress import progress_bar
-from probdefense.report import Row, format_table
+from probdefense.report import Row
 from probdefense.rng import forked
+from probdefense.tables import format_table
 from probdefense.types import Inputs, Labels, LogitsFn
 from probdefense.validation import check_count, check_inputs, check_labels, check_positive, check_share
 

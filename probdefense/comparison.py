@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from probdefense.intervals import Spread, holm, mean_spread
-from probdefense.report import Report, Row, format_table
+from probdefense.report import Report, Row
+from probdefense.tables import format_table
 
 COLUMNS = ("a", "b", "attack", "eps", "rule", "difference", "low", "high", "p_holm", "probability")
 

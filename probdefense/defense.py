@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from probdefense.adapters import Decided, Samples, Static
+from probdefense.description import describe
 from probdefense.nn.noise import Noise
 from probdefense.nn.surgery import reads_raw_input
 from probdefense.programs import Guide, Model
@@ -89,6 +90,9 @@ class Defense(nn.Module):
         sites = list(sites)
         model = Model(net, [*sites, *noise_sites(net, sites)], num_data)
         return cls(model, Guide(model))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     @property
     def num_data(self) -> int | None:

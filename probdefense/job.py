@@ -27,8 +27,11 @@ from probdefense.rng import derive
 from probdefense.types import Attack, Inputs, Labels
 from probdefense.validation import check_count, check_eps, check_member
 
-FULL = {"epochs": 30, "gradients": 160, "images": 1000, "checked": 150, "votes": 1000}
+FULL = {"epochs": 30, "gradients": 160, "images": 1000, "checked": 120, "votes": 1000}
 QUICK = {"epochs": 8, "gradients": 64, "images": 120, "checked": 100, "votes": 200}
+
+CHECK_GRADIENTS, CHECK_SAMPLES = 64, 8
+"""Gradients per image and draws per step of every attack that `checks` runs, about twenty for a defense."""
 
 ADAPTIVE_IMAGES = 50
 """Images for a defense that adapts: every answer costs a training, and every attack simulates many."""
@@ -184,8 +187,15 @@ def _evaluate(
 
 def _checked(request: Request, defense: Any, test: tuple[Inputs, Labels]) -> Checks:
     x, y = (part[: request.size["checked"]] for part in test)
-    gradients = request.size["gradients"]
-    return checks.run(defense, x, y, eps=request.radius, num_gradients=gradients, seed=request.seed)
+    return checks.run(
+        defense,
+        x,
+        y,
+        eps=request.radius,
+        num_gradients=CHECK_GRADIENTS,
+        num_samples=CHECK_SAMPLES,
+        seed=request.seed,
+    )
 
 
 def _certified(request: Request, defense: Defense, x: Inputs) -> Certificate:

@@ -131,8 +131,8 @@ def dlr(logits: Logits, y: Labels) -> Tensor:
 
     $$ -\frac{z_y - \max_{j \ne y} z_j}{z_{\pi_1} - z_{\pi_3}} $$
 
-    Unchanged by shifting or scaling the logits; with two classes the denominator is
-    $z_{\pi_1} - z_{\pi_2}$.
+    Unchanged by shifting or scaling the logits. With two classes there is no third and the ratio would be
+    constant; there it is the `margin`.
 
     Args:
         logits: ``(samples, batch, classes)``.
@@ -149,7 +149,9 @@ def dlr(logits: Logits, y: Labels) -> Tensor:
         >>> dlr(torch.tensor([[[3.0, 1.0, -1.0]]]), torch.tensor([0]))
         tensor([-0.5000])
     """
-    ranked = logits.topk(min(3, logits.shape[-1]), dim=-1).values
+    if logits.shape[-1] < 3:
+        return margin(logits, y)
+    ranked = logits.topk(3, dim=-1).values
     spread = (ranked[..., 0] - ranked[..., -1]).clamp_min(1e-12)
     return -(score_margin(logits, y) / spread).mean(0)
 
@@ -159,8 +161,8 @@ def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Tensor:
 
     $$ \frac{z_t - z_y}{z_{\pi_1} - \frac12 (z_{\pi_3} + z_{\pi_4})} $$
 
-    Attacks with a ``target`` climb it when their loss is `dlr`; with fewer than four classes the last
-    ones stand in for the missing.
+    Attacks with a ``target`` climb it when their loss is `dlr`. With three classes the third stands in
+    for the fourth, with two it is the `margin`.
 
     Args:
         logits: ``(samples, batch, classes)``.
@@ -178,8 +180,10 @@ def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Tensor:
         >>> targeted_dlr(torch.tensor([[[3.0, 1.0, 0.0, -2.0]]]), torch.tensor([0]), torch.tensor([1]))
         tensor([-0.5000])
     """
+    if logits.shape[-1] < 3:
+        return margin(logits, y)
     ranked = logits.topk(min(4, logits.shape[-1]), dim=-1).values
-    spread = (ranked[..., 0] - ranked[..., min(2, logits.shape[-1] - 1) :].mean(-1)).clamp_min(1e-12)
+    spread = (ranked[..., 0] - ranked[..., 2:].mean(-1)).clamp_min(1e-12)
     return ((_at(logits, target) - _at(logits, y)) / spread).mean(0)
 
 

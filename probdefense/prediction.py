@@ -19,7 +19,7 @@ from probdefense.types import Inputs, Logits, LogitsFn
 from probdefense.validation import check_count, check_inputs, check_logits, check_share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """The posterior predictive of a batch.
 
@@ -35,6 +35,16 @@ class Prediction:
     expected_entropy: Tensor
     num_samples: int | Tensor
     decided: Tensor | None = None
+
+    def __repr__(self) -> str:
+        draws = torch.as_tensor(self.num_samples, dtype=torch.float32).mean().item()
+        means = {"predictive entropy": self.predictive_entropy, "mutual information": self.mutual_information}
+        numbers = ", ".join(f"{name} {float(value.detach().mean()):.3f}" for name, value in means.items())
+        size = "{} inputs, {} classes".format(*self.log_probs.shape)
+        return (
+            f"Prediction of {size}, {draws:g} draws: {numbers} nats (means), "
+            f"settled {100 * float(self.settled.float().mean()):.0f} %"
+        )
 
     @property
     def probs(self) -> Tensor:

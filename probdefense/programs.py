@@ -18,7 +18,7 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from probdefense.nn.passes import execution_order, held_still
+from probdefense.nn.passes import execution_order, explained, held_still
 from probdefense.nn.placeholder import placeholders
 from probdefense.sites import NoiseSite, Site, unique_names
 from probdefense.types import Draws, Inputs, Labels
@@ -83,7 +83,7 @@ class Model(nn.Module):
         tensors = self.fill(x, values, state)
         for hole in placeholders(self.net).values():
             hole.uses = 0
-        with held_still(self.net) if still else nullcontext():
+        with held_still(self.net) if still else nullcontext(), explained(x):
             return functional_call(self.net, tensors, (x,))
 
     def forward(self, x: Inputs, y: Labels | None = None) -> Tensor:

@@ -178,7 +178,7 @@ def _rmc(shop: Workshop) -> LogitsFn:
         shop.make("madry"),
         shop.data.train,
         attack=shop.inner_attack(num_steps=10),
-        num_neighbors=256,
+        num_neighbors=64,
         max_epochs=5,
         learning_rate=1e-3,
         group=10,

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from probdefense.intervals import accuracy_interval
+from probdefense.tables import format_table
 
 Row = dict[str, Any]
 
 COLUMNS = ("defense", "attack", "eps", "rule", "accuracy", "low", "high", "attack_samples", "gradients")
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Robust accuracy by defense, attack, radius and rule.
 
@@ -41,6 +42,10 @@ class Report:
     timing: dict[str, float] = field(default_factory=dict)
 
     VERSION = 1
+
+    def __repr__(self) -> str:
+        asked = ", ".join(f"{name} {value}" for name, value in self.settings.items() if name != "versions")
+        return f"Report of {', '.join(self.defenses)} ({asked})\n{self.table()}"
 
     def row(self, **wanted: Any) -> Row:
         """The one row whose entries equal the given ones, for example ``row(attack="pgd", rule="vote")``.
@@ -179,30 +184,10 @@ def proportion(correct: np.ndarray, draws: str = "none", estimand: str = "popula
     low, high = accuracy_interval(
         correct, crossed=draws == "shared", random=draws != "none", estimand=estimand
     )
-    return {"accuracy": float(correct.mean()), "low": low, "high": high}
-
-
-PERCENT = ("accuracy", "low", "high", "difference")
-"""Entries that tables show in percent, or in percentage points."""
-
-
-def format_table(rows: Sequence[Row], columns: Sequence[str], percent: Sequence[str] = PERCENT) -> str:
-    """Rows as aligned text under the names of the columns; what is missing is a dash."""
-    cells = [list(columns), *([_cell(row.get(name), name in percent) for name in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return {"accuracy": float(correct.mean()), "low": float(low), "high": float(high)}
 
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-def _cell(value: Any, percent: bool) -> str:
-    if value is None:
-        return "-"
-    if percent:
-        return f"{100 * value:.1f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -74,7 +74,7 @@ def forked(seed: int | None, device: torch.device | None = None) -> Iterator[Non
 
 
 def reseed(seed: int, device: torch.device | None = None) -> None:
-    """Seeds the default generators of the CPU and of one device; ``torch.manual_seed`` costs 50 times more."""
+    """Seeds the default generators of the CPU and of one device; ``manual_seed`` takes 50 times longer."""
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -61,7 +61,7 @@ def digits_rse() -> Digits:
 @pytest.fixture(scope="session")
 def digits_bayesian() -> Digits:
     """Random weights."""
-    return trained_on_digits(lambda net: pd.defenses.bayesian(net, num_data=1400))
+    return trained_on_digits(lambda net: pd.defenses.bayesian(net, num_data=1437))
 
 
 @pytest.fixture(scope="session", params=["rse", "bayesian"])

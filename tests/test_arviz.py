@@ -218,6 +218,13 @@ def test_a_users_own_model_and_guide(make_defense):
     )
 
 
+def test_the_package_finds_it_when_asked():
+    assert pd.to_arviz is to_arviz and pd.analysis is analysis
+    assert {"analysis", "numpyro", "to_arviz"} <= set(dir(pd)) & set(pd.__all__)
+    with pytest.raises(AttributeError, match="module 'probdefense' has no attribute 'nothing'"):
+        _ = pd.nothing
+
+
 def test_what_is_refused():
     x, y = flat_batch()
     with pytest.raises(

@@ -13,26 +13,30 @@ from probdefense.attacks.selection import Goal
 from probdefense.attacks.settle import settle
 from probdefense.drawing import draw_keyed
 from probdefense.ops import lp_norm
-from probdefense.rules import margins, mean_prob
+from probdefense.rules import mean_prob
 from tests.worlds import LinearWorld
 
 DUAL = {1: math.inf, 2: 2, math.inf: 1}
 
 
-def share_right(defense, x, y, verdicts=10):
+def share_right(defense, x, y, verdicts=6):
     """Accuracy by the mean of 50 draws, over several sets of fresh draws."""
     logits = [draw_keyed(defense, x, 50, 1000 + seed) for seed in range(verdicts)]
     return sum(float((mean_prob(one).argmax(-1) == y).float().mean()) for one in logits) / verdicts
 
 
-def near_the_plane(dims=12, count=12):
-    """A linear world whose points are so near the plane that the box never matters."""
+def near_the_plane(distance=0.3, dims=12, count=12):
+    """A linear world whose points are all that far from the plane, and where the box never matters."""
     world = LinearWorld(dims=dims)
     x, _ = world.points(count)
-    x = x - ((world.score(x) - 0.15 * world.score(x).sign()) / world.w.square().sum()).unsqueeze(1) * world.w
-    y = (world.score(x) > 0).long()
-    assert float(x.min()) > 0.1 and float(x.max()) < 0.9 and 0 < int(y.sum()) < count
-    return world, x, y
+    side = world.score(x).sign()
+    x = (
+        x
+        + ((side * distance * world.w.norm() - world.score(x)) / world.w.square().sum()).unsqueeze(1)
+        * world.w
+    )
+    assert float(x.min()) > 0.0 and float(x.max()) < 1.0 and float(side.sum().abs()) < count
+    return world, x, (side > 0).long()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ def near_the_plane(dims=12, count=12):
     ],
 )
 def test_the_nearest_point_of_a_plane(attack, norm, worst):
-    world, x, y = near_the_plane()
+    world, x, y = near_the_plane(0.05 if norm == 1 else 0.3)
     exact = world.score(x).abs() / torch.linalg.vector_norm(world.w, ord=DUAL[norm])
     x_adv = attack(world.plain(), x, y, seed=0)
     ratio = lp_norm(x_adv - x, norm) / exact
@@ -61,7 +65,7 @@ def test_the_nearest_point_of_a_plane(attack, norm, worst):
     assert float(ratio.max()) < worst
 
 
-@pytest.mark.parametrize("attack", [ddn, fmn, deepfool, partial(fmn, norm=math.inf)])
+@pytest.mark.parametrize("attack", [ddn, fmn, deepfool])
 def test_defaults_break_random_defenses(attack, random_digits):
     defense, (x, y) = random_digits
     assert share_right(defense, x, y) > 0.9
@@ -72,7 +76,9 @@ def test_defaults_break_random_defenses(attack, random_digits):
 def test_bisected_attacks_break_a_random_defense(attack, digits_rse):
     defense, (x, y) = digits_rse
     x, y = x[:15], y[:15]
-    assert share_right(defense, attack(defense.samples(4), x, y, num_searches=5, init_c=0.1, seed=0), y) <= 0.1
+    assert (
+        share_right(defense, attack(defense.samples(4), x, y, num_searches=5, init_c=0.1, seed=0), y) <= 0.1
+    )
 
 
 def test_points_of_the_surrogate_survive_without_settling(digits_rse):
@@ -104,9 +110,13 @@ def test_what_is_settled_is_surely_wrong_for_a_rule_of_one_draw():
     assert float(wrong.min()) > 0.93
 
 
-@pytest.mark.parametrize("attack", [cw, ddn, ead, fmn])
+@pytest.mark.parametrize(
+    "attack",
+    [*(partial(a, num_steps=60, num_searches=5, init_c=0.1) for a in (cw, ead)), ddn, fmn],
+    ids=["cw", "ead", "ddn", "fmn"],
+)
 def test_the_targeted_form_reaches_the_class(attack, digits_net):
-    net, (x, y) = digits_net
+    net, (x, y) = digits_net[0], (part[:30] for part in digits_net[1])
     target = (y + 3) % 10
     x_adv = attack(pd.deterministic(net), x, y, target=target, seed=0)
     assert float((net(x_adv).argmax(1) == target).float().mean()) > 0.9
@@ -147,9 +157,9 @@ def test_every_example_bisects_its_own_constant(digits_net):
 
 def test_the_confidence_of_cw_is_a_margin_in_nats():
     world, x, y = near_the_plane()
-    sure = cw(world.plain(), x, y, confidence=0.2, num_searches=6)
-    assert float(-margins(mean_prob, world.plain()(sure), y).max()) > -1e-4
-    assert float(lp_norm(sure - x, 2).mean()) >= float(lp_norm(cw(world.plain(), x, y) - x, 2).mean()) - 1e-4
+    x_adv = cw_fixed(world.plain(), x, y, c=5.0, step_size=0.02, confidence=0.4)
+    reached = -world.score(x_adv) * (2 * y - 1)
+    assert float(reached.min()) > 0.3 and float(reached.max()) < 0.5
 
 
 def test_the_fixed_constant_moves_along_the_weights_without_looking():
@@ -165,5 +175,5 @@ def test_the_fixed_constant_tells_how_many_pixels_cannot_move(digits_net):
     stuck = float(((x == 0) | (x == 1)).float().mean())
     with pytest.warns(UserWarning, match=f"{stuck:.0%} of the pixels are at exactly 0 or 1"):
         x_adv = cw_fixed(pd.deterministic(net), x, y, c=1.0, num_steps=5)
-    assert torch.equal((x_adv - x).abs() < 1e-6, ((x == 0) | (x == 1)) | ((x_adv - x).abs() < 1e-6))
-    assert float((x_adv - x)[(x > 0) & (x < 1)].abs().max()) > 1e-4
+    moved, inside = (x_adv - x).abs() > 1e-6, (x > 0) & (x < 1)
+    assert not bool(moved[~inside].any()) and float(moved[inside].float().mean()) > 0.5

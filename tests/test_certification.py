@@ -20,14 +20,14 @@ def exact_share(world, x):
 
 def test_the_radius_approaches_the_distance_to_the_plane_from_below():
     world = LinearWorld(sigma=0.3)
-    x, y = world.points(30)
-    found = pd.certify(world.noisy(), x, n0=200, n=20_000, alpha=FAILURE_RATE / 30, seed=0)
-    held = found.label >= 0
-    assert bool((found.label[held] == y[held]).all()) and float(held.float().mean()) > 0.8
+    x, y = world.points(16)
+    found = pd.certify(world.noisy(), x, n0=200, n=6000, alpha=FAILURE_RATE / 16, seed=0)
+    held, share = found.label >= 0, exact_share(world, x)
+    assert bool((found.label[held] == y[held]).all()) and bool(held[share > 0.6].all())
     assert bool((found.radius <= world.distance(x)).all())
-    clear = (exact_share(world, x) < 0.99) & (exact_share(world, x) > 0.6)
-    assert int(clear.sum()) > 5
-    assert float((world.distance(x) - found.radius)[clear].max()) < 0.04
+    clear = (share > 0.6) & (share < 0.95)
+    assert int(clear.sum()) >= 4
+    assert float((world.distance(x) - found.radius)[clear].max()) < 0.06
     assert bool((found.radius[~held] == 0).all()) and found.sigma == pytest.approx(0.3)
 
 
@@ -43,11 +43,12 @@ def test_a_unanimous_vote_certifies_the_known_radius():
 
 def test_certificates_are_false_as_rarely_as_stated():
     """At alpha = 0.3 the share of bounds above the truth is at most 0.3, and not absurdly less."""
-    world = LinearWorld(sigma=0.5)
-    x = world.points(1)[0].expand(1500, -1)
-    found = pd.certify(world.noisy(), x, n0=1, n=100, alpha=0.3, seed=0)
-    chosen = found.label == (world.score(x) > 0).long()
-    false = float((found.share[chosen] > exact_share(world, x)[chosen]).double().mean())
+    world = LinearWorld(sigma=0.3)
+    x = world.points(30)[0]
+    one = (exact_share(world, x) - 0.8).abs().argmin()
+    x = x[one].expand(1500, -1)
+    found = pd.certify(world.noisy(), x, n0=50, n=100, alpha=0.3, seed=0)
+    false = float(((found.share > exact_share(world, x)) & (found.label >= 0)).double().mean())
     assert 0.15 < false < 0.3 + 4.3 * (0.21 / 1500) ** 0.5
 
 
@@ -105,7 +106,7 @@ def test_early_exit_only_with_a_target_and_by_the_confidence_sequence():
     assert bool((full.num_votes == 3000).all())
     assert float(early.num_votes.double().mean()) < 1500 and int(early.num_votes.max()) <= 3000
     reached = early.radius >= 0.05
-    assert bool((world.distance(x)[reached] >= 0.05).all()) and int(reached.sum()) > 10
+    assert bool((world.distance(x)[reached] >= 0.05).all()) and int(reached.sum()) > 5
     bound, _ = running_bounds(np.array([90.0]), np.array([100.0]), 0.05)
     assert float(bound[0]) < float(clopper_pearson_low(np.array([90]), 100, 0.05)[0])
 
@@ -118,9 +119,9 @@ def test_everything_random_is_inside_the_vote():
     alone, both = (pd.certify(d, x, n0=50, n=1000, seed=0) for d in (world.noisy(), joint))
     assert both.sigma == pytest.approx(0.3)
     with torch.no_grad():
-        share = (joint(x, 4000).argmax(-1) == both.label.clamp_min(0)).double().mean(0)
+        share = (joint(x, 1000).argmax(-1) == both.label.clamp_min(0)).double().mean(0)
     held = both.label >= 0
-    assert bool((both.share.double()[held] <= share[held] + 0.03).all())
+    assert bool((both.share.double()[held] <= share[held] + 0.06).all())
     assert float(both.radius.mean()) < float(alone.radius.mean())
 
 
@@ -135,7 +136,9 @@ def test_a_net_that_normalizes_inside_does_not_inflate_the_radius():
     net = nn.Sequential(pd.nn.Normalize([0.5] * world.dims, [0.1] * world.dims), inner)
     torch.testing.assert_close(net(x), world.net(x), rtol=1e-4, atol=1e-5)
     plain, inside = (
-        pd.certify(pd.defenses.rse(n, sigma_init=0.05, sigma_inner=0.0), x, n0=20, n=500, seed=0)
+        pd.certify(
+            pd.defenses.rse(n, sigma_init=0.05, sigma_inner=0.0, before_linear=True), x, n0=20, n=500, seed=0
+        )
         for n in (world.net, net)
     )
     assert inside.sigma == pytest.approx(0.05)
@@ -147,7 +150,8 @@ def test_a_net_that_normalizes_inside_does_not_inflate_the_radius():
 
 
 def adaptive():
-    base = pd.defenses.rse(nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3)))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3))
+    base = pd.defenses.rse(net, before_linear=True)
     return pd.rmc(
         base, tiny_batch(40), attack=partial(pd.attacks.fgsm, eps=0.1), num_neighbors=8, max_epochs=1
     )
@@ -173,7 +177,7 @@ def test_a_defense_without_noise_on_its_pixels_is_refused(make, message):
 
 
 def test_other_things_are_refused():
-    x, y = tiny_batch()
+    x, _ = tiny_batch()
     defense = pd.defenses.rse(tiny_net())
     with pytest.raises(TypeError, match="expected a Defense, which knows its input noise, got Frozen"):
         pd.certify(defense.freeze(3), x)

@@ -10,16 +10,15 @@ from torch import nn
 import probdefense as pd
 from probdefense.checks.bench import LEVEL, TOLERANCE, beyond
 from probdefense.checks.optimization import _flat, _incomplete
-from tests.test_attacks import trained_tiny
+from tests.conftest import trained_on_digits
 
 QUICK = {"eps": 0.2, "num_gradients": 32, "num_samples": 4, "num_verdict": 10}
 
 
 @pytest.fixture(scope="module")
 def digits():
-    net, _ = trained_tiny()
-    x, y = pd.data.digits().test.tensors
-    return net, (x[:120], y[:120])
+    defense, data = trained_on_digits(pd.deterministic, 120)
+    return defense.net, data
 
 
 class Changed(nn.Module):
@@ -148,11 +147,13 @@ def test_every_check_has_a_verdict_and_the_run_repeats(digits):
 def test_an_attack_of_few_steps_is_called_too_weak():
     """The loss of a line rises as far as an attack goes; that of a reached corner does not."""
     line = np.tile(np.linspace(0, 1, 40)[:, None], (1, 150))
-    assert _incomplete(line).verdict == "attack too weak"
-    assert _incomplete(np.minimum(line, 0.5)).verdict == "ok"
-    assert _flat(-line).verdict == "defense masks"
-    assert _flat(line).verdict == "ok"
-    assert _incomplete(line[:, :0]).verdict == _flat(line[:3]).verdict == "not applicable"
+    all_stand, few_stand = np.ones(150, dtype=bool), np.arange(150) < 15
+    assert _incomplete(line, all_stand).verdict == "attack too weak"
+    assert _incomplete(np.minimum(line, 0.5), all_stand).verdict == "ok"
+    assert _incomplete(line, few_stand).verdict == "ok"
+    assert _flat(-line, all_stand).verdict == "defense masks"
+    assert _flat(line, all_stand).verdict == _flat(-line, ~all_stand).verdict == "ok"
+    assert _incomplete(line[:7], all_stand).verdict == _flat(line[:3], all_stand).verdict == "not applicable"
 
 
 def test_a_comparison_minds_three_points_at_one_percent():

@@ -13,7 +13,7 @@ from torch import nn
 
 import probdefense as pd
 from probdefense.analysis import robustness_curve
-from probdefense.analysis.curves import _of_report
+from probdefense.analysis.curves import _of_report, _warn
 from probdefense.analysis.thresholds import constrained, log_likelihood, tally
 from tests.test_arviz import flat_batch
 from tests.worlds import FAILURE_RATE, normal_quantile
@@ -162,3 +162,13 @@ def test_bad_results_are_refused():
         robustness_curve({"net": np.zeros((2, 5), bool)}, [0.2, 0.1])
     with pytest.raises(ValueError, match=r"expected arrays \(2 radii, examples\)"):
         robustness_curve({"net": np.zeros((3, 5), bool)}, [0.1, 0.2])
+
+
+def test_bands_of_chains_that_have_not_met_come_with_a_warning():
+    with pytest.warns(
+        UserWarning, match=r"R-hat 1\.500 .* effective sample size 300 .* do not trust the bands"
+    ):
+        _warn(r_hat=1.5, ess=300.0, chains=2)
+    with pytest.warns(UserWarning, match="do not trust the bands"):
+        _warn(r_hat=1.0, ess=150.0, chains=2)
+    _warn(r_hat=1.01, ess=250.0, chains=2)

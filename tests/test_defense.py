@@ -341,6 +341,8 @@ def test_parameter_groups_spare_the_guide_and_the_noise():
         (lambda d, x, y: d(x, 2, chunk_size=0), "expected chunk_size >= 1"),
         (lambda d, x, y: d(x, 2, backend="jit"), "unknown backend 'jit'; known: auto, fold, loop, vmap"),
         (lambda d, x, y: d.freeze(0), "expected num_samples >= 1"),
+        (lambda d, x, y: d(x[:, :, :3]), "expected inputs that fit the network, got"),
+        (lambda d, x, y: d(x.double()), "expected inputs that fit the network, got"),
         (lambda d, x, y: d.step(x, y + 3), "expected y < 3"),
         (lambda d, x, y: d.step(x, y.float()), "expected y as int64"),
         (lambda d, x, y: d.step(x.repeat(20, 1, 1, 1), y.repeat(20)), "at most num_data=50"),

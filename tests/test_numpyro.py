@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -12,7 +11,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from numpyro.infer import MCMC, NUTS
 from pyro.nn import PyroModule, PyroParam
 from scipy import stats
 from torch import nn
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import probdefense as pd
 from probdefense.numpyro import bridge, compare_to_gold, last_layer_nuts, nuts
+from probdefense.numpyro.chains import run_chains
 from tests.contract import FIXED_BUDGET, MIN_NORM, defended
 from tests.worlds import FAILURE_RATE, normal_quantile, tiny_batch
 
@@ -182,9 +181,9 @@ def test_svi_nuts_and_numpyro_reach_the_closed_posterior():
         w = numpyro.sample("w", ndist.Normal(0.0, 1.0).expand([2]).to_event(1))
         numpyro.sample("y", ndist.Normal(x @ w, NOISE), obs=y)
 
-    sampler = MCMC(NUTS(model), num_warmup=200, num_samples=500, progress_bar=False)
-    sampler.run(jax.random.PRNGKey(0), x.numpy(), y.numpy())
-    draws = sampler.get_samples()
+    data, start = (x.numpy(), y.numpy()), {"w": np.zeros(2)}
+    chains = run_chains(model, data, start, num_warmup=200, num_samples=250, num_chains=2, seed=0)
+    draws = {name: value.reshape(-1, 2) for name, value in chains.items()}
     assert same_posterior(torch.tensor(np.asarray(draws["w"])), x, y, effective=120)
     posterior = bridge(lambda params, x: jnp.stack([jnp.zeros(len(x)), x @ params["w"]], -1), draws)
     ours, theirs = (pd.predict(f, x, 500, seed=0).probs for f in (posterior, gold))

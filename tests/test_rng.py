@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from probdefense.rng import Stream, derive, forked, hash_keys
+from probdefense.rng import Stream, derive, forked, hash_keys, reseed
 from tests.worlds import FAILURE_RATE
 
 
@@ -66,3 +66,10 @@ def test_derived_seeds_differ_by_every_part_of_the_path():
     paths = [("a",), ("b",), ("ab",), ("a", "b"), ("a", 0), ("a", 1), (0, "a"), (0, 1), (1, 0)]
     assert len({derive(0, *path) for path in paths} | {derive(1, "a")}) == len(paths) + 1
     assert all(0 <= derive(seed, "x") < 2**62 for seed in (0, -5, 2**70))
+
+
+def test_reseeding_is_manual_seed_on_the_cpu():
+    reseed(5)
+    fast = torch.randn(3)
+    torch.manual_seed(5)
+    assert torch.equal(fast, torch.randn(3))

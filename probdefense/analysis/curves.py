@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from probdefense.analysis.arviz import from_groups
-from probdefense.analysis.thresholds import Outcomes, predict_draws, sample, tally
+from probdefense.analysis.thresholds import Outcomes, predict_draws, start, success_model, tally
 from probdefense.report import Report
 from probdefense.validation import check_count, check_member
 
@@ -95,6 +95,8 @@ def robustness_curve(
         Finney, 1947, [Probit Analysis](https://doi.org/10.1017/CBO9780511569180), for thresholds
         behind dose-response curves.
     """
+    from probdefense.numpyro.chains import run_chains
+
     for name, count in (("num_samples", num_samples), ("num_chains", num_chains)):
         check_count(name, count)
     if isinstance(results, Report):
@@ -103,7 +105,16 @@ def robustness_curve(
         success, radii = dict(results), np.asarray([] if eps is None else eps, dtype=float)
     bits = _checked(success, radii)
     outcomes = tally(bits, radii)
-    chains = sample(outcomes, num_warmup, num_samples, num_chains, seed)
+    chains = run_chains(
+        success_model,
+        (outcomes,),
+        start(outcomes),
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        seed=seed,
+        dense_mass=True,
+    )
     grid = np.linspace(0.0, radii.max(), 51)
     return _summarize(chains, outcomes, list(success), bits, grid, seed)
 

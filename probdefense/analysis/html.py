@@ -139,18 +139,19 @@ def _verdict(report: Report, row: Row, checks: Iterable[Check]) -> Verdict:
         "worst": f"under the worst of {len(attacks)} attacks",
     }
     sentence = (
-        f"is right on {100 * row['low']:.0f} to {100 * row['high']:.0f} % of images "
+        f"is right on {100 * row['low']:.0f} to {100 * row['high']:.0f}\N{NO-BREAK SPACE}% of images "
         f"{under.get(row['attack'], 'under ' + row['attack'])}"
     )
     if row["attack"] != "clean":
         sentence += (
-            f" at {norm_name(report)} radius {row['eps']:g}; {100 * clean['accuracy']:.0f} % on clean ones"
+            f" at {norm_name(report)} radius {row['eps']:g}; "
+            f"{100 * clean['accuracy']:.0f}\N{NO-BREAK SPACE}% on clean ones"
         )
     ran = [check for check in checks if check.verdict != "not applicable"]
     fired = [f"{check.name} ({check.verdict})" for check in ran if check.fired]
     checked = f"{len(ran)} checks found nothing wrong." if ran and not fired else ""
     doubt = f"Not to be trusted yet: {', '.join(fired)}." if fired else ""
-    return Verdict(name, f"{100 * row['accuracy']:.0f} %", sentence + ".", checked, doubt)
+    return Verdict(name, f"{100 * row['accuracy']:.0f}\N{NO-BREAK SPACE}%", sentence + ".", checked, doubt)
 
 
 def _strongest(report: Report, defense: str) -> Row:
@@ -164,7 +165,7 @@ def _strongest(report: Report, defense: str) -> Row:
 
 def _accuracies(report: Report) -> Table:
     places = list(dict.fromkeys((row["attack"], row["eps"]) for row in report.rows))
-    places.sort(key=lambda place: (place[1], place[0] != "worst"))
+    places.sort(key=lambda place: (place[1] > 0, -place[1], place[0] != "worst"))
     several = len({eps for _, eps in places if eps > 0}) > 1
     columns = [f"{attack} {eps:g}" if several and eps > 0 else attack for attack, eps in places]
     lines: dict[tuple[str, str], dict[tuple[str, float], Row]] = {}

@@ -60,9 +60,7 @@ def noise_scales(tree: Any, ax: Any = None) -> Any:
     ax.set_ylim(0.6 - len(layers), 0.6)
     ax.locator_params(axis="x", nbins=6)
     ax.set_xlabel("scale (pixels at the input, units of the activations inside)")
-    heading(
-        ax, "Noise scale by layer", "one dot per fit, with their mean; lines span the elements of a layer"
-    )
+    heading(ax, "Noise scale by layer", "dots: fits, and their mean; line: elements of a layer")
     return ax
 
 

@@ -54,15 +54,19 @@ def tally(bits: np.ndarray, eps: np.ndarray) -> Outcomes:
 
 def success_model(outcomes: Outcomes) -> None:
     """The NumPyro model, thresholds integrated out."""
-    import jax
     import numpyro
     import numpyro.distributions as dist
 
     shape = (outcomes.mismatch.shape[1], len(PRIOR))
     raw = numpyro.sample("raw", dist.Normal(0.0, 1.0).expand(shape).to_event(2))
     raw_shared = numpyro.sample("raw_shared", dist.Normal(0.0, 1.0))
-    log_lik = jax.jit(log_likelihood)(constrained(raw, raw_shared), outcomes)
+    log_lik = log_likelihood(constrained(raw, raw_shared), outcomes)
     numpyro.factor("outcomes", (outcomes.counts * log_lik).sum())
+
+
+def start(outcomes: Outcomes) -> dict[str, np.ndarray]:
+    """The medians of the priors, where chains start."""
+    return {"raw": np.zeros((outcomes.mismatch.shape[1], len(PRIOR))), "raw_shared": np.zeros(())}
 
 
 def constrained(raw: Any, raw_shared: Any) -> dict[str, Any]:
@@ -156,24 +160,6 @@ def _thresholds(theta: dict[str, Any], outcomes: Outcomes, key: Any) -> Any:
     robustness = center + spread * jax.random.truncated_normal(keys[2], low, high)
     reach = jnp.clip(robustness + theta["clean"], 0.0)
     return outcomes.eps.max() * (reach / theta["drop"]) ** (1 / theta["shape"])
-
-
-def sample(outcomes: Outcomes, num_warmup: int, num_samples: int, num_chains: int, seed: int) -> Any:
-    """Draws of the raw parameters by name, ``(chains, draws, ...)``."""
-    import jax
-    from numpyro.infer import MCMC, NUTS, init_to_value
-
-    start = {"raw": np.zeros((outcomes.mismatch.shape[1], len(PRIOR))), "raw_shared": np.zeros(())}
-    sampler = MCMC(
-        NUTS(success_model, init_strategy=init_to_value(values=start), dense_mass=True),
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method="sequential",
-        progress_bar=False,
-    )
-    sampler.run(jax.random.PRNGKey(seed), outcomes)
-    return sampler.get_samples(group_by_chain=True)
 
 
 def predict_draws(chains: Any, outcomes: Outcomes, grid: np.ndarray, seed: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probdefense.adapters import as_logits_fn
+from probdefense.adapters import Samples, as_logits_fn
 from probdefense.attacks.gradient import climb, input_gradient
 from probdefense.losses import expected_cross_entropy
 from probdefense.rng import Stream, forked
@@ -42,7 +42,7 @@ def gradient_signal(
     num_samples: int = 32,
     seed: Seed = None,
 ) -> Signal:
-    r"""Measures sign agreement, $\|\mathrm{E} g\| / \sqrt{\mathrm{E} \|g - \mathrm{E} g\|^2}$ and zeros over draws.
+    r"""Agreement of signs, $\|\mathrm{E} g\| / \sqrt{\mathrm{E} \|g - \mathrm{E} g\|^2}$, and zeros.
 
     A small ratio need not call for more draws per step, because steps average too. On digits, at 64 to
     320 gradients, PGD with 1, 4 or 16 draws per step ended within four points of each other; so did a
@@ -76,14 +76,10 @@ def gradient_signal(
     check_inputs(x)
     check_labels(y, len(x))
     check_count("num_samples", num_samples, 2)
-    function, climbed = as_logits_fn(logits_fn), climb(loss, y)
+    climbed, one_draw = climb(loss, y), Samples(as_logits_fn(logits_fn), 1)
     with forked(None if seed is None else Stream.of(seed, x).seed(), x.device):
-        slopes = torch.stack(
-            [
-                input_gradient(lambda x: function(x, 1), x, climbed, where="gradient_signal").gradient.flatten(1)
-                for _ in range(num_samples)
-            ]
-        )
+        draws = [input_gradient(one_draw, x, climbed, where="gradient_signal") for _ in range(num_samples)]
+    slopes = torch.stack([draw.gradient.flatten(1) for draw in draws])
     mean = slopes.mean(0)
     same = (slopes.sign() == mean.sign()).to(x.dtype).mean(0)
     noise = slopes.var(0).sum(1)

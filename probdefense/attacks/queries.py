@@ -52,7 +52,7 @@ class Queries:
         frozen: bool = False,
     ):
         self.logits_fn, self.goal, self.max_queries = logits_fn, goal, max_queries
-        self.num_samples, self.spent = num_samples, 0
+        self.num_samples, self.spent, self.random = num_samples, 0, logits_fn.stochastic
         self.draws = len(self(x))
         if frozen and logits_fn.stochastic:
             if not can_freeze(logits_fn):
@@ -99,7 +99,7 @@ class Queries:
     @property
     def settling(self) -> int:
         """The most queries per example that `settle` can take."""
-        return (STRIDES + HALVINGS) * (HELD_OUT_DRAWS if self.stochastic else self.draws)
+        return (STRIDES + HALVINGS) * (HELD_OUT_DRAWS if self.random else self.draws)
 
     def _ask(self, points: Inputs, num_samples: int | None = None) -> Logits:
         with torch.no_grad():

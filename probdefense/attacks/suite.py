@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from probdefense.adapters import Samples, can_freeze
 from probdefense.attacks.apgd import apgd
@@ -88,7 +89,7 @@ def suite(
     goal = Goal(y, rule=rule, sure=logits_fn.stochastic)
     rows = torch.arange(len(x), device=x.device)
 
-    def standing(points: Inputs) -> torch.Tensor:
+    def standing(points: Inputs) -> Tensor:
         with torch.no_grad():
             logits = judge(points)
         doubt = goal.take(rows).remaining(logits)
@@ -98,17 +99,15 @@ def suite(
     with torch.no_grad():
         width = logits_fn(x[:1], 1).shape[0]
     stages = _stages(logits_fn, norm, width)
-    counts = _counts(stages, budget - width, HELD_OUT_DRAWS if logits_fn.stochastic else width)
+    judging = (HELD_OUT_DRAWS if logits_fn.stochastic else width) * (len(stages) + 1)
+    counts = _counts(stages, budget, judging + width)
     rows = standing(x)
     for stage, count in track(list(zip(stages, counts, strict=True)), "suite"):
         if len(rows) == 0:
             break
-        one, options = (
-            partial(stage.attack, **{stage.unit: count}),
-            {"eps": ball.take(rows).eps, "norm": norm},
-        )
-        function = Samples(logits_fn, stage.draws)
-        rows = standing(run(one, function, x[rows], y[rows], rng.take(rows).split(stage.name), options))
+        one, function = partial(stage.attack, **{stage.unit: count}), Samples(logits_fn, stage.draws)
+        options, key = {"eps": ball.take(rows).eps, "norm": norm}, rng.take(rows).split(stage.name)
+        rows = standing(run(one, function, x[rows], y[rows], key, options))
     return best.x
 
 
@@ -149,15 +148,16 @@ def _stages(logits_fn: LogitsFn, norm: Norm, width: int) -> list[Stage]:
     return stages
 
 
-def _counts(stages: list[Stage], budget: int, judging: int) -> list[int]:
-    """How many steps or queries every stage gets; `judging` is what a comparison costs.
+def _counts(stages: list[Stage], budget: int, overhead: int) -> list[int]:
+    """How many steps or queries every stage gets; `overhead` is what comparing them costs.
 
     Raises:
         ValueError: the budget is too small.
     """
-    fixed = judging * (len(stages) + 1) + sum(stage.fixed for stage in stages)
+    fixed = overhead + sum(stage.fixed for stage in stages)
     total = sum(stage.share for stage in stages)
-    needed = fixed + max(math.ceil(LEAST * max(stage.each, stage.draws) * total / stage.share) for stage in stages)
+    dearest = max(max(stage.each, stage.draws) / stage.share for stage in stages)
+    needed = fixed + math.ceil(LEAST * total * dearest)
     if budget < needed:
         raise ValueError(f"budget={budget} does not pay for {LEAST} steps of every attack; needed: {needed}")
     return [int((budget - fixed) * stage.share / total / stage.each) for stage in stages]

@@ -59,8 +59,8 @@ def optimization(bench: Bench) -> Iterator[Check]:
     losses = torch.stack(watched.losses).double().cpu().numpy()
     standing = final.mean(0) > 0.5
     yield _silent(bench, watched, final)
-    yield _incomplete(losses[:, standing])
-    yield _flat(losses[:, standing])
+    yield _incomplete(losses, standing)
+    yield _flat(losses, standing)
     yield _own_draws(watched, final)
 
 
@@ -72,14 +72,18 @@ def _silent(bench: Bench, watched: Watched, final: np.ndarray) -> Check:
     return judged("silent success", beyond(final - met), "attack too weak", advice, evidence)
 
 
-def _incomplete(losses: np.ndarray) -> Check:
-    """Indicator 4 (incomplete optimization): the loss of examples that stand is still rising."""
+def _incomplete(losses: np.ndarray, standing: np.ndarray) -> Check:
+    """Indicator 4 (incomplete optimization): the loss of examples that stand is still rising.
+
+    Examples that have fallen count as done, so that nothing fires over the last few that stand.
+    """
     name = "complete optimization"
-    if losses.shape[1] == 0 or len(losses) < 8:
-        return skipped(name, "no example stands, or fewer than 8 steps")
+    if len(losses) < 8:
+        return skipped(name, "fewer than 8 steps")
     parts = np.stack([part.mean(0) for part in np.array_split(losses, 8)])
     total = parts.max(0) - losses[0]
     late = np.where(total > 0, (parts[-1] - parts[-2]) / np.maximum(total, 1e-300), 0.0).clip(-1, 1)
+    late = np.where(standing, late, 0.0)
     evidence = {"of the rise in the last eighth": float(late.mean())}
     advice = "the loss still rises where the attack stops: give it more steps"
     return judged(name, beyond(late, LATE), "attack too weak", advice, evidence)
@@ -89,13 +93,13 @@ LATE = 0.05
 """Share of the whole rise of the loss that may fall into the last eighth of the steps."""
 
 
-def _flat(losses: np.ndarray) -> Check:
+def _flat(losses: np.ndarray, standing: np.ndarray) -> Check:
     """Loss plateau: the share of examples that stand and whose loss the ascent never raised."""
     name = "loss plateau"
-    if losses.shape[1] == 0 or len(losses) < 4:
-        return skipped(name, "no example stands, or fewer than 4 steps")
-    quarter = max(1, len(losses) // 4)
-    flat = losses[-quarter:].mean(0) <= losses[:quarter].mean(0)
+    if len(losses) < 4:
+        return skipped(name, "fewer than 4 steps")
+    quarter = len(losses) // 4
+    flat = standing & (losses[-quarter:].mean(0) <= losses[:quarter].mean(0))
     advice = "the attack climbs nothing: its loss is flat or misleads; climb logits (margin, DLR)"
     return judged(name, beyond(flat), "defense masks", advice, {"never raised": float(flat.mean())})
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from probdefense.report import format_table
+from probdefense.tables import format_table
 
 Verdict = Literal["ok", "attack too weak", "defense masks", "fault", "not applicable"]
 

@@ -1,5 +1,6 @@
 """Running a network without consequences: no running statistics, no arithmetic where none is needed."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -53,8 +54,31 @@ def dry_run(net: nn.Module, x: Inputs, restart: Callable[[], None]) -> None:
             functional_call(net, meta, (torch.empty((1, *x.shape[1:]), dtype=x.dtype, device="meta"),))
         except (RuntimeError, NotImplementedError):
             restart()
-            with forked(0, x.device):
+            with forked(0, x.device), explained(x):
                 net(torch.zeros_like(x[:1]))
+
+
+MISFIT = re.compile("shape|channels|Expected size|must match|should be the same|same dtype|scalar type")
+"""What torch says where an input does not fit a layer."""
+
+
+@contextmanager
+def explained(x: Inputs) -> Iterator[None]:
+    """Inside the block a network that cannot take `x` says what came and what to do.
+
+    Raises:
+        ValueError: the shape or type of `x` does not fit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not MISFIT.search(str(error)):
+            raise
+        came = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+        raise ValueError(
+            f"expected inputs that fit the network, got {came}; check the channels, the image size and the "
+            f"dtype (torch: {error})"
+        ) from error
 
 
 def execution_order(net: nn.Module, x: Inputs) -> list[tuple[str, int, torch.Size]]:

@@ -23,6 +23,7 @@ from probdefense.defense import Defense
 from probdefense.defenses.bayesian import bayesian
 from probdefense.defenses.host import host
 from probdefense.evaluation import evaluate, gather
+from probdefense.numpyro.chains import run_chains
 from probdefense.numpyro.kept import with_kept
 from probdefense.prediction import predict
 from probdefense.replayed import local_params
@@ -101,8 +102,16 @@ def last_layer_nuts(
     start = torch.cat([base.net.get_parameter(name).detach().flatten() for name in names])
     prior = _normal_prior(defense, names, start)
     classes = len(base.net.get_parameter(names[0]))
-    chains = _Chains(num_warmup, num_samples, num_chains, derive(seed) % 2**31)
-    rows = _sample_last_layer(features, y.cpu(), start.cpu(), prior, classes, chains)
+    found = run_chains(
+        partial(_softmax_regression, classes),
+        tuple(value.numpy() for value in (features, y.cpu(), *prior)),
+        {"theta": start.cpu().numpy()},
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        seed=derive(seed) % 2**31,
+    )
+    rows = torch.from_numpy(np.array(found["theta"])).flatten(0, 1)
     _warn_of_r_hat(_linear(rows, features[:JUDGED], classes), num_chains)
     random = bayesian(base, prior=None, where=lambda name, _: name in names)
     (site,) = set(random.sites) - set(base.sites)
@@ -202,38 +211,12 @@ def compare_to_gold(
     )
 
 
-class _Chains(NamedTuple):
-    """How long, how many, and from which seed."""
-
-    num_warmup: int
-    num_samples: int
-    num_chains: int
-    seed: int
-
-
-def _sample_last_layer(
-    phi: Tensor, y: Labels, start: Tensor, prior: tuple[Tensor, Tensor], classes: int, chains: _Chains
-) -> Tensor:
-    """Draws of the flat ``(weight, bias)``, ``(draws, elements)``, chain after chain."""
-    import jax
+def _softmax_regression(classes: int, phi: Any, y: Any, loc: Any, scale: Any) -> None:
     import numpyro
     import numpyro.distributions as ndist
-    from numpyro.infer import MCMC, NUTS, init_to_value
 
-    def softmax_regression(phi: Any, y: Any, loc: Any, scale: Any) -> None:
-        theta = numpyro.sample("theta", ndist.Normal(loc, scale).to_event(1))
-        numpyro.sample("y", ndist.Categorical(logits=_linear(theta[None], phi, classes)[0]), obs=y)
-
-    sampler = MCMC(
-        NUTS(softmax_regression, init_strategy=init_to_value(values={"theta": start.numpy()})),
-        num_warmup=chains.num_warmup,
-        num_samples=chains.num_samples,
-        num_chains=chains.num_chains,
-        chain_method="sequential",
-        progress_bar=False,
-    )
-    sampler.run(jax.random.PRNGKey(chains.seed), *(value.numpy() for value in (phi, y, *prior)))
-    return torch.from_numpy(np.array(sampler.get_samples()["theta"]))
+    theta = numpyro.sample("theta", ndist.Normal(loc, scale).to_event(1))
+    numpyro.sample("y", ndist.Categorical(logits=_linear(theta[None], phi, classes)[0]), obs=y)
 
 
 def _linear(theta: Any, phi: Any, classes: int) -> Any:

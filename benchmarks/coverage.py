@@ -61,7 +61,7 @@ def interval_coverage(
         table, population, test_set = verdict_table(rng, accuracy, size, WORLDS[world])
         low, high = accuracy_interval(table, crossed=world != "independent", estimand=estimand)
         hits += low <= (population if estimand == "population" else test_set) <= high
-    return hits / repeats
+    return float(hits / repeats)
 
 
 def bootstrap(rng: np.random.Generator, table: np.ndarray, repeats: int = 400) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def bootstrap_coverage(accuracy: float, size: tuple[int, int], world: str, repea
         table, truth, _ = verdict_table(rng, accuracy, size, WORLDS[world])
         low, high = bootstrap(rng, table.astype(float))
         hits += low <= truth <= high
-    return hits / repeats
+    return float(hits / repeats)
 
 
 def difference_table(rng: np.random.Generator, seeds: int, spread: float) -> tuple[np.ndarray, float]:
@@ -103,7 +103,7 @@ def difference_coverage(seeds: int, spread: float, repeats: int = 1000) -> tuple
         center, found = paired(table)
         low, high = bootstrap(rng, table)
         hits += [abs(center - truth) <= found.half_width(), low <= truth <= high]
-    return tuple(hits / repeats)
+    return float(hits[0] / repeats), float(hits[1] / repeats)
 
 
 def intervals(repeats: int) -> None:

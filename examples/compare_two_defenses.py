@@ -33,8 +33,10 @@ def report(name: str, training_seed: int, epochs: int, count: int) -> pd.Report:
     loader = DataLoader(train, 128, shuffle=True)
     pd.fit(defense, loader, epochs=epochs, objective=objective, optimizer=optimizer)
     attack = pd.with_draws(partial(pd.attacks.pgd, num_steps=10), 4)
-    data = tuple(part[:count] for part in test.tensors)
-    return pd.evaluate(defense.eval(), data, {"pgd": attack}, eps=EPS, rules=[pd.rules.mean_prob], name=name)
+    x, y = (part[:count] for part in test.tensors)
+    return pd.evaluate(
+        defense.eval(), (x, y), {"pgd": attack}, eps=EPS, rules=[pd.rules.mean_prob], name=name
+    )
 
 
 def main(quick: bool = False) -> None:

@@ -36,7 +36,7 @@ class Mini(nn.Module):
         return functional_call(self.net[0], weights, (x + self.sigma * eps,))
 
     def plate(self, x: Tensor) -> pyro.plate:
-        return pyro.plate("data", size=self.num_data, subsample=range(len(x)), dim=-1)
+        return pyro.plate("data", size=self.num_data, subsample=torch.arange(len(x)), dim=-1)
 
     def model(self, x: Tensor, y: Tensor) -> None:
         """p(theta) prod_i p(eps_i) p(y_i | x_i, theta, eps_i)"""

@@ -57,7 +57,7 @@ def main(quick: bool = False) -> None:
     epochs, count, gradients = (2, 60, 16) if quick else (30, 360, 160)
     x, y = (part[:count] for part in test.tensors)
     loader = DataLoader(train, 64, shuffle=True)
-    robust, plain = (pd.deterministic(pd.models.small_cnn()) for _ in range(2))
+    robust, plain = (pd.deterministic(pd.models.small_cnn(width=8)) for _ in range(2))
     inner = partial(pd.attacks.pgd, eps=EPS, num_steps=3, step_size=0.07)
     for defense, objective in ((robust, adversarial(elbo, inner)), (plain, elbo)):
         optimizer = torch.optim.Adam(defense.param_groups(), lr=4e-3)

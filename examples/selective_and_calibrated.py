@@ -23,7 +23,7 @@ def main(quick: bool = False) -> None:
     torch.manual_seed(0)
     train, test = pd.data.digits()
     epochs, count, steps = (3, 60, 5) if quick else (20, 360, 20)
-    data = tuple(part[:count] for part in test.tensors)
+    x, y = (part[:count] for part in test.tensors)
     defenses = {
         "plain": pd.deterministic(pd.models.small_cnn()),
         "rse": pd.defenses.rse(pd.models.small_cnn()),
@@ -35,7 +35,7 @@ def main(quick: bool = False) -> None:
         pd.fit(defense, DataLoader(train, 64, shuffle=True), epochs=epochs, optimizer=optimizer)
         attack = pd.with_draws(partial(pd.attacks.pgd, num_steps=steps), 4)
         report = pd.evaluate(
-            defense.eval(), data, {"pgd": attack}, eps=[0.05, 0.1], num_samples=30, name=name
+            defense.eval(), (x, y), {"pgd": attack}, eps=[0.05, 0.1], num_samples=30, name=name
         )
         rows += uncertainty(report, keep=0.9)
     print(format_table(rows, COLUMNS, percent=COLUMNS[5:]))

@@ -7,7 +7,19 @@ average them, certify them, or hand them to ArviZ.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from probdefense import attacks, checks, data, defenses, losses, models, nn, objectives, rules
+from probdefense import (
+    attacks,
+    calibration,
+    checks,
+    data,
+    defenses,
+    detection,
+    losses,
+    models,
+    nn,
+    objectives,
+    rules,
+)
 from probdefense.adaptation import rmc
 from probdefense.adapters import counted
 from probdefense.certification import Certificate, certify
@@ -36,6 +48,7 @@ __all__ = [
     "Report",
     "analysis",
     "attacks",
+    "calibration",
     "certify",
     "checks",
     "compare",
@@ -43,6 +56,7 @@ __all__ = [
     "counted",
     "data",
     "defenses",
+    "detection",
     "deterministic",
     "evaluate",
     "fit",

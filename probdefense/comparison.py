@@ -59,10 +59,10 @@ def compare(reports_a: Report | Sequence[Report], reports_b: Report | Sequence[R
     The interval is Student's with the variance of a two-way table of seeds and examples and
     Satterthwaite's degrees of freedom, and the probability that A beats B is the posterior one under a
     flat prior, $F_t(\bar d / s)$. This is used rather than a bootstrap over seeds and examples because
-    few seeds do not bootstrap: where seeds matter, 95 % intervals from 2, 3 and 5 seeds cover 78, 84
-    and 89 % by bootstrap and 88, 93 and 93 % this way (by simulation). Two pseudo-examples, one won by
-    each side, keep the interval from collapsing where no example differs. With one seed the draws of
-    the verdict take the place of the seeds.
+    few seeds do not bootstrap: where seeds matter, 95 % intervals from 2, 3 and 5 seeds cover 82, 89
+    and 92 % by bootstrap and 87, 93 and 95 % this way (``benchmarks/coverage.py``). Two pseudo-examples,
+    one won by each side, keep the interval from collapsing where no example differs. With one seed the
+    draws of the verdict take the place of the seeds.
 
     Args:
         reports_a: One report per training seed, each of one defense (`Report.only` picks one).

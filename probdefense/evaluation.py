@@ -26,7 +26,7 @@ from probdefense.progress import track
 from probdefense.report import Report, Row, proportion
 from probdefense.rng import derive, forked, hash_keys
 from probdefense.rules import margins, mean_prob, single_draw, verdicts
-from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Rule
+from probdefense.types import Attack, Data, Inputs, Labels, LogitsFn, Norm, Rule
 from probdefense.validation import (
     check_classes,
     check_count,
@@ -77,7 +77,7 @@ def with_draws(attack: Attack, num_samples: int) -> WithDraws:
 
 def evaluate(
     logits_fn: LogitsFn,
-    data: tuple[Inputs, Labels] | Iterable[tuple[Inputs, Labels]],
+    data: Data,
     attacks: Mapping[str, Attack] | None = None,
     *,
     norm: Norm = math.inf,
@@ -128,7 +128,7 @@ def evaluate(
     """
     logits_fn = as_logits_fn(logits_fn)
     x, y = gather(data)
-    radii = [float(e) for e in (eps if isinstance(eps, Sequence) else [eps])]
+    radii = list(dict.fromkeys(float(e) for e in (eps if isinstance(eps, Sequence) else [eps])))
     _check_settings(x, y, norm, radii, rules, num_samples, estimand)
     _check_names([name, *(attacks or {})])
     settings = {"norm": _number(norm), "num_samples": num_samples, "seed": seed, "confidence": 0.95}
@@ -145,9 +145,9 @@ def evaluate(
                 attacked[radius][label] = points
                 continue
             distance = judge.keep_distance(label, seen, lp_norm(points - x, norm))
-            for radius in radii:
-                judge.add(label, radius, seen.where(distance <= radius, clean), spent)
-                attacked[radius][label] = torch.where(per_example(distance <= radius, x), points, x)
+            for reach in radii:
+                judge.add(label, reach, seen.where(distance <= reach, clean), spent)
+                attacked[reach][label] = torch.where(per_example(distance <= reach, x), points, x)
     if len(attacks or {}) > 1:
         for radius, by_name in attacked.items():
             judge.add_worst(radius, by_name)
@@ -329,15 +329,17 @@ def _check_points(points: Inputs, x: Inputs, radius: float, norm: Norm, label: s
         )
 
 
-def gather(data: Any) -> tuple[Inputs, Labels]:
+def gather(data: Data) -> tuple[Inputs, Labels]:
     """All examples of ``(x, y)``, a data set or a loader, as two tensors.
 
     Raises:
         TypeError: none of these.
         ValueError: no examples.
     """
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return data
+    if isinstance(data, tuple) and len(data) == 2:
+        x, y = data
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            return x, y
     if isinstance(data, Dataset):
         data = DataLoader(data, batch_size=ROWS)
     if not isinstance(data, Iterable):

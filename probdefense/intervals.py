@@ -59,8 +59,9 @@ def accuracy_interval(
     One verdict per example gives Wilson's interval. Several give Wilson's with the number of trials
     that has the same variance, and Student's quantile with Satterthwaite's degrees of freedom. This
     closed form is used rather than a bootstrap over examples and draws because it covers better: in
-    simulation 93-97 % for accuracies in [.1, .9] with shared and with independent draws, and at least
-    92 % outside, where the bootstrap falls to 85 %; and it does not collapse at 0 or 100 %.
+    simulation (``benchmarks/coverage.py``) 93-97 % for accuracies in [.1, .9] with shared and with
+    independent draws, and at least 92 % from .02 to .98, where the bootstrap falls to 90 %; and it does
+    not collapse at 0 or 100 %.
 
     Args:
         correct: Verdicts, ``(verdicts, batch)``.

@@ -30,8 +30,8 @@ from probdefense.validation import check_count, check_eps, check_member
 FULL = {"epochs": 30, "gradients": 160, "images": 1000, "checked": 120, "votes": 1000}
 QUICK = {"epochs": 8, "gradients": 64, "images": 120, "checked": 100, "votes": 200}
 
-CHECK_GRADIENTS, CHECK_SAMPLES = 64, 8
-"""Gradients per image and draws per step of every attack that `checks` runs, about twenty for a defense."""
+CHECK_GRADIENTS, CHECK_SAMPLES, CHECK_VERDICT = 64, 4, 20
+"""Gradients per image, draws per step and verdict draws of each of the about twenty attacks that check."""
 
 ADAPTIVE_IMAGES = 50
 """Images for a defense that adapts: every answer costs a training, and every attack simulates many."""
@@ -194,6 +194,7 @@ def _checked(request: Request, defense: Any, test: tuple[Inputs, Labels]) -> Che
         eps=request.radius,
         num_gradients=CHECK_GRADIENTS,
         num_samples=CHECK_SAMPLES,
+        num_verdict=CHECK_VERDICT,
         seed=request.seed,
     )
 

@@ -6,7 +6,7 @@ space and unchanged by a constant added to the logits. Larger means closer to an
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 
 from probdefense.ops import log_mean_exp
 from probdefense.rules import mean_prob, score_margin
@@ -33,7 +33,8 @@ def expected_cross_entropy(logits: Logits, y: Labels) -> Tensor:
         >>> expected_cross_entropy(torch.zeros(2, 1, 2), torch.tensor([1]))
         tensor([0.6931])
     """
-    return -_at(logits.log_softmax(-1), y).mean(0)
+    rows = cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)), reduction="none")
+    return rows.view(logits.shape[:2]).mean(0)
 
 
 def predictive_cross_entropy(logits: Logits, y: Labels) -> Tensor:

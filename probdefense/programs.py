@@ -84,7 +84,7 @@ class Model(nn.Module):
         for hole in placeholders(self.net).values():
             hole.uses = 0
         with held_still(self.net) if still else nullcontext(), explained(x):
-            return functional_call(self.net, tensors, (x,))
+            return functional_call(self.net, tensors, (x,)) if tensors else self.net(x)
 
     def forward(self, x: Inputs, y: Labels | None = None) -> Tensor:
         """Samples every site from its prior and observes `y`; returns logits ``(batch, classes)``."""

@@ -3,10 +3,11 @@
 Axes are named in this order: ``(samples, batch, classes)``. Pixels are in [0, 1].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
 Inputs = Tensor
 """Float images or features, ``(batch, *event)``, in [0, 1]."""
@@ -89,6 +90,9 @@ class Step(NamedTuple):
     kl: dict[str, Tensor]
     draws: Draws
 
+
+Data = tuple[Tensor, ...] | Dataset[Any] | Iterable[tuple[Inputs, Labels]]
+"""Labeled examples: ``(x, y)``, a data set, or a loader of such batches."""
 
 LossFn = Callable[[Logits, Labels], Tensor]
 """What an attacker climbs: ``(samples, batch, classes), (batch,) -> (batch,)``."""

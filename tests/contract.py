@@ -96,12 +96,10 @@ MIN_NORM: dict[str, Callable[..., torch.Tensor]] = {
     "ead": partial(pd.attacks.ead, num_steps=20, num_searches=4, init_c=0.1),
     "ddn": partial(pd.attacks.ddn, num_steps=20),
     "fmn": partial(pd.attacks.fmn, num_steps=20),
-    "fmn l-inf": partial(pd.attacks.fmn, num_steps=20, norm=math.inf),
     "fmn L1": partial(pd.attacks.fmn, num_steps=20, norm=1),
     "deepfool": pd.attacks.deepfool,
-    "deepfool l-inf": partial(pd.attacks.deepfool, norm=math.inf),
     "zoo": partial(pd.attacks.zoo, max_queries=2500, num_searches=2),
-    "hop_skip_jump": partial(pd.attacks.hop_skip_jump, max_queries=2500, num_directions=50),
+    "hop_skip_jump": partial(pd.attacks.hop_skip_jump, max_queries=1500, num_directions=40),
 }
 
 NORMS_OF: dict[str, tuple[float, ...]] = {"square": (2, math.inf)}
@@ -109,9 +107,6 @@ NORMS_OF: dict[str, tuple[float, ...]] = {"square": (2, math.inf)}
 
 STAY_AT_ERRORS = {"arc", "suite", *MIN_NORM}
 """Attacks that leave an example alone that is wrong already."""
-
-GRADIENT_FREE = {"square", "nes", "spsa", "zoo", "hop_skip_jump"}
-"""Attacks that only ask."""
 
 OBJECTIVES = {
     "elbo": elbo,

@@ -173,10 +173,9 @@ def test_bpda_through_the_surrogates_of_jump_relu(digits_net):
 @pytest.mark.parametrize("norm", [1, 2, math.inf])
 def test_the_suite_spends_no_more_than_its_budget(norm):
     defense, (x, y) = defended("rse"), tiny_batch()
-    for budget in (950, 1200):
-        cost = pd.counted(defense)
-        suite(cost, x, y, eps={1: 1.0, 2: 0.2, math.inf: 0.02}[norm], norm=norm, budget=budget, seed=0)
-        assert cost.queries <= budget * len(x)
+    cost = pd.counted(defense)
+    suite(cost, x, y, eps={1: 1.0, 2: 0.2, math.inf: 0.02}[norm], norm=norm, budget=950, seed=0)
+    assert 100 * len(x) < cost.queries <= 950 * len(x)
 
 
 def test_the_suite_stops_where_examples_have_surely_fallen(digits_rse):
@@ -201,8 +200,8 @@ def test_one_lucky_draw_does_not_take_an_example_out():
     assert cost.gradients > 100 * int(unsure.sum()), "points on the fence must stand"
 
 
-def test_the_suite_is_no_weaker_than_its_parts(digits_net, random_digits):
-    for defense, (x, y) in ((pd.deterministic(digits_net[0]), digits_net[1]), random_digits):
+def test_the_suite_is_no_weaker_than_its_parts(digits_net, digits_rse):
+    for defense, (x, y) in ((pd.deterministic(digits_net[0]), digits_net[1]), digits_rse):
         x, y = x[:30], y[:30]
         left = accuracy(defense, suite(defense, x, y, eps=0.08, seed=0), y)
         for part in (

@@ -19,7 +19,7 @@ from tests.worlds import LinearWorld
 DUAL = {1: math.inf, 2: 2, math.inf: 1}
 
 
-def share_right(defense, x, y, verdicts=6):
+def share_right(defense, x, y, verdicts=4):
     """Accuracy by the mean of 50 draws, over several sets of fresh draws."""
     logits = [draw_keyed(defense, x, 50, 1000 + seed) for seed in range(verdicts)]
     return sum(float((mean_prob(one).argmax(-1) == y).float().mean()) for one in logits) / verdicts

@@ -23,7 +23,7 @@ def run(name, logits_fn, x, y, eps=0.1, **options):
     if name in FIXED_BUDGET:
         options["eps"] = eps
     if name == "suite" and not logits_fn.stochastic:
-        options["budget"] = 500
+        options["budget"] = 170 * getattr(logits_fn, "num_samples", 1)  # near the least that it accepts
     return ATTACKS[name](logits_fn, x, y, **options)
 
 

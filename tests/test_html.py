@@ -65,7 +65,7 @@ def test_checks_that_fired_put_the_verdict_in_doubt(tmp_path):
     assert "1 checks found nothing wrong." in text
     assert "Not to be trusted yet: gradient (defense masks)." in text
     assert "noisy gradient defense masks look at <the> gradients (zero gradients 0.75)" in text
-    assert text.index("Is it robust, or just noisy?") < text.index("2 checks that found nothing wrong")
+    assert text.index("Is it robust, or just noisy?") < text.index("2 checks that did not fire")
 
 
 def test_pairs_certificates_and_pictures_are_shown_when_given(tmp_path):

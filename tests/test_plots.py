@@ -81,6 +81,15 @@ def test_curves_of_a_report_pass_through_its_rows():
     assert {"plain", "noisy"} <= set(texts(ax)) and nothing_is_cut(ax)
 
 
+def test_curves_are_of_an_attack_that_every_defense_was_under():
+    found = report()
+    found.rows = [row for row in found.rows if (row["defense"], row["attack"]) != ("noisy", "pgd")]
+    assert "attack fgsm, rule vote, 95 % intervals" in texts(analysis.robustness_curves(found))
+    found.rows = [row for row in found.rows if (row["defense"], row["attack"]) != ("noisy", "fgsm")]
+    with pytest.raises(ValueError, match="an attack that every defense of the report was under, found none"):
+        analysis.robustness_curves(found)
+
+
 def test_curves_of_a_posterior_show_its_median_and_band():
     eps, draws = np.linspace(0, 0.2, 51), np.random.default_rng(0).uniform(0.4, 0.6, (200, 1, 51))
     curve = RobustnessCurve(

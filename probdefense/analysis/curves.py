@@ -33,7 +33,13 @@ class RobustnessCurve:
         data: ArviZ container: parameters and thresholds (pixels) in ``posterior``, ``log_likelihood`` by
             example.
         r_hat: The largest over parameters.
-        ess: The smallest bulk effective sample size over parameters.
+        ess: The smallest effective sample size over parameters.
+
+    Examples:
+        >>> eps, draws = np.array([0.0, 0.1]), np.array([[[0.9, 0.5], [0.8, 0.6]]] * 4)
+        >>> curve = RobustnessCurve(["a", "b"], eps, draws, {}, None, r_hat=1.0, ess=4.0)
+        >>> curve.dominates("a", "b")
+        array([1., 0.])
     """
 
     defenses: list[str]
@@ -94,6 +100,11 @@ def robustness_curve(
     References:
         Finney, 1947, [Probit Analysis](https://doi.org/10.1017/CBO9780511569180), for thresholds
         behind dose-response curves.
+
+    Examples:
+        >>> robustness_curve({"net": np.zeros((1, 5), dtype=bool)}, eps=[0.1])
+        Traceback (most recent call last):
+        ValueError: expected at least two radii, rising from 0 or more, got [0.1]
     """
     from probdefense.numpyro.chains import run_chains
 

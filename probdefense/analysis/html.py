@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import probdefense
 from probdefense.analysis.pictures import image_grid
-from probdefense.analysis.plots import accuracy_chart, norm_name, robustness_curves
+from probdefense.analysis.plots import accuracy_chart, norm_name, robustness_curves, shared_attacks
 from probdefense.analysis.style import COLORS, MUTED
 from probdefense.checks.results import Check
 from probdefense.comparison import Comparison
@@ -208,7 +208,7 @@ def _compared(comparison: Comparison | None) -> Table | None:
             Cell(f"{row['attack']} {row['eps']:g}" if row["eps"] else row["attack"], row["rule"]),
             Cell(f"{100 * row['difference']:+.1f}", f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"),
             Cell(f"{row['probability']:.3f}"),
-            Cell(f"{row['p_holm']:.3g}"),
+            Cell(f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "< 0.001"),
         ]
         for row in kept
     ]
@@ -217,14 +217,14 @@ def _compared(comparison: Comparison | None) -> Table | None:
 
 
 def _checked(checks: Mapping[str, Iterable[Check]], fired: bool) -> Table | None:
-    """What the checks found, or what they found in order."""
+    """The checks that fired, or the others."""
     rows = [
         [Cell(name), Cell(check.name), Cell(check.verdict), Cell(_evidence(check), wide=True)]
         for name, found in checks.items()
         for check in found
         if check.fired == fired
     ]
-    title = "Is it robust, or just noisy?" if fired else f"{len(rows)} checks that found nothing wrong"
+    title = "Is it robust, or just noisy?" if fired else f"{len(rows)} checks that did not fire"
     columns = ["defense", "check", "verdict", "evidence"]
     return Table(title, "", columns, rows, folded=not fired) if rows else None
 
@@ -274,7 +274,7 @@ def _figures(
 ) -> list[tuple[str, Any]]:
     """Captions and figures: the chart, curves over several radii, images, and what the caller brings."""
     drawn: list[tuple[str, Any]] = [("", accuracy_chart(report).figure)]
-    if len({row["eps"] for row in report.rows}) > 2:
+    if len({row["eps"] for row in report.rows}) > 2 and shared_attacks(report):
         drawn.append(("", robustness_curves(report).figure))
     drawn += [(caption, image_grid(*pair)[0, 0].figure) for caption, pair in images.items()]
     return drawn + [(caption, getattr(figure, "figure", figure)) for caption, figure in figures.items()]

@@ -56,7 +56,7 @@ def loo(tree: Any) -> Loo:
     Examples:
         >>> import probdefense as pd
         >>> defense = pd.defenses.rse(pd.models.small_cnn())
-        >>> tree = to_arviz(defense, (torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])), num_samples=4)
+        >>> tree = pd.to_arviz(defense, (torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])), num_samples=4)
         >>> loo(tree).num_dropped
         0
     """
@@ -96,6 +96,12 @@ def guide_k_hat(
     References:
         Yao et al., 2018, [Yes, but Did It Work?: Evaluating Variational
         Inference](https://arxiv.org/abs/1802.02538)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> defense = pd.defenses.bayesian(torch.nn.Linear(1, 2), num_data=3)
+        >>> guide_k_hat(defense, (torch.rand(3, 1), torch.tensor([0, 1, 1])), num_samples=100) > 0
+        True
     """
     check_count("num_samples", num_samples)
     x, y = data

@@ -37,6 +37,13 @@ def noise_scales(tree: Any, ax: Any = None) -> Any:
 
     Raises:
         ValueError: there is no noise layer.
+
+    Examples:
+        >>> import probdefense as pd
+        >>> defense = pd.defenses.rse(pd.models.small_cnn())
+        >>> tree = pd.to_arviz(defense, (torch.rand(2, 1, 8, 8), torch.tensor([0, 1])), num_samples=2)
+        >>> [label.get_text() for label in noise_scales(tree).get_yticklabels()]
+        ['input_noise', '2.noise']
     """
     posterior = tree["posterior"] if "posterior" in _groups(tree) else {}
     if "noise_scale" not in posterior:
@@ -74,6 +81,10 @@ def entropy_clean_attacked(clean: Any, attacked: Any, ax: Any = None) -> Any:
 
     Returns:
         The axes.
+
+    Examples:
+        >>> entropy_clean_attacked(torch.rand(20), 1 + torch.rand(20)).get_xlabel()
+        'predictive entropy (nats)'
     """
     ax = new_axes(ax, (4.8, 3.6))
     for name, source, color in (("clean", clean, COLORS[0]), ("attacked", attacked, COLORS[1])):
@@ -115,6 +126,12 @@ def reliability(
 
     References:
         Guo et al., 2017, [On Calibration of Modern Neural Networks](https://arxiv.org/abs/1706.04599)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> prediction = pd.predict(pd.deterministic(torch.nn.Linear(4, 3)), torch.rand(20, 4))
+        >>> reliability(prediction, torch.randint(3, (20,))).get_xlabel()
+        'confidence'
     """
     named = predictions if isinstance(predictions, Mapping) else {"": predictions}
     ax = new_axes(ax, (5.2, 4.6))
@@ -164,6 +181,11 @@ def image_grid(
     References:
         Liu et al., 2018, [Towards Robust Neural Networks via Random
         Self-ensemble](https://arxiv.org/abs/1712.00673), Fig. 7.
+
+    Examples:
+        >>> x = torch.rand(4, 1, 8, 8)
+        >>> image_grid(x, (x + 0.1).clamp(0, 1)).shape
+        (3, 4)
     """
     columns = min(len(x), 8)
     clean, attacked = (np.asarray(v[:columns].detach().cpu(), dtype=float) for v in (x, x_adv))
@@ -198,6 +220,10 @@ def loss_traces(losses: Mapping[str, np.ndarray], ax: Any = None) -> Any:
 
     Returns:
         The axes.
+
+    Examples:
+        >>> loss_traces({"pgd": np.random.default_rng(0).normal(size=(40, 16))}).get_xlabel()
+        'step'
     """
     ax, ends = new_axes(ax, (4.8, 3.6)), []
     colors = cycle(len(losses))

@@ -38,6 +38,13 @@ def accuracy_chart(
 
     Returns:
         The axes.
+
+    Examples:
+        >>> import probdefense as pd
+        >>> data = torch.rand(20, 4), torch.randint(3, (20,))
+        >>> report = pd.evaluate(pd.deterministic(torch.nn.Linear(4, 3)), data, {"fgsm": pd.attacks.fgsm})
+        >>> [text.get_text() for text in accuracy_chart(report).texts if "[" not in text.get_text()][0]
+        'defense'
     """
     rule = rule or report.rows[0]["rule"]
     eps = max(row["eps"] for row in report.rows) if eps is None else eps
@@ -71,18 +78,31 @@ def robustness_curves(
     Args:
         source: From `robustness_curve` (median and 95 % band, with what was measured as dots), or a
             report over several radii or of a minimum-norm attack.
-        attack: Which attack of a report; the last by default.
+        attack: Which attack of a report; by default the last that every defense was under.
         rule: Which rule of a report; the first by default.
         ax: Axes to draw on.
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: no attack that every defense was under.
+
+    Examples:
+        >>> import probdefense as pd
+        >>> data = torch.rand(20, 4), torch.randint(3, (20,))
+        >>> net = pd.deterministic(torch.nn.Linear(4, 3))
+        >>> report = pd.evaluate(net, data, {"fgsm": pd.attacks.fgsm}, eps=[0.1, 0.2])
+        >>> robustness_curves(report).get_xlabel()
+        'radius (pixels)'
     """
     ax = new_axes(ax, (4.8, 4.0))
     if isinstance(source, RobustnessCurve):
         ends, about = _draw_bands(ax, source), "posterior median and 95 % band; dots are measured"
     else:
-        rule, attack = rule or source.rows[0]["rule"], attack or source.rows[-1]["attack"]
+        if attack is None and not shared_attacks(source):
+            raise ValueError("expected an attack that every defense of the report was under, found none")
+        rule, attack = rule or source.rows[0]["rule"], attack or shared_attacks(source)[-1]
         ends, about = {}, f"attack {attack}, rule {rule}, 95 % intervals"
         for name, color in zip(source.defenses, cycle(len(source.defenses)), strict=True):
             ends[name] = _draw_rows(ax, source.curve(attack, rule, defense=name), "eps", color)
@@ -120,6 +140,13 @@ def certified_vs_empirical(
 
     Raises:
         ValueError: a report in another norm.
+
+    Examples:
+        >>> import probdefense as pd
+        >>> defense = pd.defenses.rse(pd.models.small_cnn(), sigma_init=0.25)
+        >>> certificate = pd.certify(defense, torch.rand(2, 1, 8, 8), n0=10, n=100)
+        >>> certified_vs_empirical(certificate, torch.tensor([0, 1])).get_xlabel()
+        'L2 radius (pixels)'
     """
     ax, reach = new_axes(ax, (4.8, 4.0)), 1.1 * max(float(certificate.radius.max()), 1e-6)
     if report is not None:
@@ -158,6 +185,14 @@ def eot_convergence(
 
     Raises:
         ValueError: no such attacks.
+
+    Examples:
+        >>> import probdefense as pd
+        >>> data = torch.rand(5, 1, 8, 8), torch.randint(10, (5,))
+        >>> fgsm = {f"fgsm {count}": pd.with_draws(pd.attacks.fgsm, count) for count in (1, 4)}
+        >>> report = pd.evaluate(pd.defenses.rse(pd.models.small_cnn()), data, fgsm, num_samples=2)
+        >>> eot_convergence(report).get_xlabel()
+        'draws per gradient step'
     """
     rule, reach = rule or report.rows[0]["rule"], max(row["eps"] for row in report.rows)
     rows = [r for r in report.rows if (r["rule"], r["eps"]) == (rule, reach) and r["attack_samples"]]
@@ -210,6 +245,13 @@ def _draw_rows(ax: Any, rows: Sequence[Row], name: str, color: str) -> tuple[flo
         ax.vlines(x, low, high, color=color, linewidth=2, alpha=0.4, clip_on=False)
         ax.plot(x, y, "o-", color=color, markersize=5, linewidth=1.5, clip_on=False)
     return float(x[-1]), float(y[-1])
+
+
+def shared_attacks(report: Report) -> list[str]:
+    """The attacks that every defense was under; the worst case, where there is one, comes last."""
+    found = [{r["attack"] for r in report.rows if r["defense"] == name} for name in report.defenses]
+    names = dict.fromkeys(row["attack"] for row in report.rows if row["attack"] != "clean")
+    return sorted(set.intersection(*found) & set(names), key=[*names].index)
 
 
 def norm_name(report: Report) -> str:

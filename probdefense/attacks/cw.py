@@ -55,7 +55,7 @@ def cw(
         y: True classes, ``(batch,)``.
         num_steps: Gradient steps per constant, at most.
         num_searches: Constants tried.
-        step_size: Adam's, in units of $w$.
+        step_size: Adam's, in units of $w$; shorten it where the nearest point is closer than 0.1.
         init_c: First constant, in squared pixels per nat; tenfold until a wrong point is found.
         confidence: $\kappa$, the margin of the wrong class in nats.
         loss: $m$, positive where the decision is wrong.

@@ -97,15 +97,14 @@ def _forward(
         logits = logits_fn(point)
         values = function(logits)
     if not values.requires_grad:
-        raise ValueError(
-            f"the logits do not depend on x differentiably (in {where}); remove a detach() or "
-            "no_grad() from the network, or use bpda or a gradient-free attack"
-        )
+        raise _detached(where)
     return point, values, logits.detach()
 
 
 def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) -> Tensor:
-    (gradient,) = torch.autograd.grad(values.sum(), point, retain_graph=keep)
+    (gradient,) = torch.autograd.grad(values.sum(), point, retain_graph=keep, allow_unused=True)
+    if gradient is None:
+        raise _detached(where)
     # One sum sees every NaN and infinity; which examples they are in is asked only then.
     if not bool(torch.isfinite(gradient.sum())):
         bad = (~torch.isfinite(gradient.flatten(1)).all(1)).nonzero().flatten().tolist()
@@ -115,3 +114,10 @@ def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) 
                 "operations such as sqrt or log at 0"
             )
     return gradient
+
+
+def _detached(where: str) -> ValueError:
+    return ValueError(
+        f"the logits do not depend on x differentiably (in {where}); remove a detach() or no_grad() from "
+        "the network, or use bpda or a gradient-free attack"
+    )

@@ -38,7 +38,8 @@ def run(
     defense `num_samples` per step, and restarts beyond 40 steps. Other attacks get as many gradients, or
     queries. Accuracies are compared example by example; a comparison fires only beyond three points, by
     a one-sided test at 1 %, so a hundred examples or more are needed to see anything. The attack then
-    gets four times its budget, which tells "attack too weak" from "defense masks".
+    gets four times its budget, which tells "attack too weak" from "defense masks". For a quick look,
+    ``num_gradients=64, num_samples=4, num_verdict=20`` costs a fifth of the default.
 
     The checks: `logits` (not probabilities), `declared randomness`, `no adaptation`; of the gradient,
     `gradient` (not zero, not detached) and `gradient signal` (against the noise of the draws), `stable

@@ -58,7 +58,14 @@ def bridge(apply_fn: Apply, draws: Mapping[str, Any]) -> "Bridge":
 
 
 class Bridge:
-    """Draws of a JAX network as a `LogitsFn`, made by `bridge`."""
+    """Draws of a JAX network as a `LogitsFn`, made by `bridge`.
+
+    Examples:
+        >>> import numpy as np
+        >>> posterior = bridge(lambda params, x: x @ params["w"], {"w": np.ones((5, 4, 3))})
+        >>> posterior.num_draws, posterior.stochastic, posterior.freeze(2).stochastic
+        (5, True, False)
+    """
 
     shares_draws = True
 

@@ -90,6 +90,13 @@ def last_layer_nuts(
 
     References:
         Hoffman and Gelman, 2014, [The No-U-Turn Sampler](https://arxiv.org/abs/1111.4246)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
+        >>> last_layer_nuts(pd.deterministic(net), (torch.rand(5, 4), torch.zeros(5).long()))
+        Traceback (most recent call last):
+        ValueError: expected a network that ends in nn.Linear, got Sequential; ...
     """
     for name, count in (("num_samples", num_samples), ("num_chains", num_chains)):
         check_count(name, count)
@@ -148,6 +155,13 @@ def nuts(
 
     References:
         Hoffman and Gelman, 2014, [The No-U-Turn Sampler](https://arxiv.org/abs/1111.4246)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> data = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+        >>> nuts(pd.defenses.rse(pd.models.small_cnn()), data)
+        Traceback (most recent call last):
+        ValueError: site 'input_noise' is drawn for every example: ...
     """
     for name, count in (("num_samples", num_samples), ("num_chains", num_chains)):
         check_count(name, count)

@@ -112,6 +112,9 @@ def counted(logits_fn: LogitsFn) -> Counted:
     Args:
         logits_fn: Any `LogitsFn`.
 
+    Returns:
+        The same function with ``.queries`` and ``.gradients``, evaluations in example x draw.
+
     Examples:
         >>> import probdefense as pd
         >>> cost = counted(pd.deterministic(torch.nn.Linear(4, 3)))

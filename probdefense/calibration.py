@@ -42,6 +42,9 @@ def reliability(log_probs: Tensor, y: Labels, *, num_bins: int = 15) -> Reliabil
         y: True classes, ``(batch,)``.
         num_bins: Bins of [0, 1].
 
+    Returns:
+        A `Reliability`.
+
     Raises:
         ValueError: labels or shapes that do not fit.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from probdefense.job import Result
+from probdefense.opponents import OTHER_NORMS
 from probdefense.report import Row
 
 PAIRS = 10
@@ -19,7 +20,8 @@ def show(result: Result) -> None:
     width = 60 + 17 * len({row["attack"] for row in rows})
     console = Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False)
     console.print(_accuracies(result))
-    for line in (*_spent(rows), *_priors(rows), *_certificates(result), *_checks(result), *_pairs(result)):
+    notes = (*_spent(rows), *_other_norms(rows), *_priors(rows), *_certificates(result))
+    for line in (*notes, *_checks(result), *_pairs(result)):
         console.print(line, soft_wrap=True)
 
 
@@ -57,6 +59,13 @@ def _spent(rows: Iterable[Row]) -> list[str]:
         cost = f"{gradients:.0f} gradients" if gradients else f"{queries:.0f} queries"
         spent.setdefault(row["attack"], {})[f"{cost} ({row['attack_samples']} draws per call)"] = None
     return [f"spent per image, {attack}: {', '.join(costs)}" for attack, costs in spent.items()]
+
+
+def _other_norms(rows: Iterable[Row]) -> list[str]:
+    names = dict.fromkeys(row["attack"] for row in rows if row["attack"] in OTHER_NORMS)
+    return [
+        f"{name} minimizes the L{OTHER_NORMS[name]} norm; a point counts within the radius" for name in names
+    ]
 
 
 def _priors(rows: Iterable[Row]) -> Iterable[str]:

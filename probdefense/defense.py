@@ -288,6 +288,9 @@ def deterministic(net: nn.Module, *, num_data: int | None = None) -> Defense:
         net: Any module ``x -> (batch, classes)``.
         num_data: Size of the training set; not needed without a KL term.
 
+    Returns:
+        A `Defense` without sites, whose answers have one row.
+
     Raises:
         TypeError: not a module, or a `Defense` already.
 

@@ -152,6 +152,9 @@ def threshold(familiar: Tensor, keep: float = 0.95) -> float:
         familiar: Scores of clean inputs, ``(n,)``.
         keep: Share that is answered.
 
+    Returns:
+        The limit, in the units of the score.
+
     Raises:
         ValueError: `keep` outside (0, 1].
 
@@ -172,6 +175,9 @@ def select(score: Tensor, correct: Tensor, limit: float) -> Selection:
         score: Uncertainty, ``(batch,)``.
         correct: Whether the answer is right, ``(batch,)``.
         limit: See `threshold`.
+
+    Returns:
+        A `Selection`.
 
     Examples:
         >>> select(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([True, False, False]), 0.5)

@@ -63,6 +63,9 @@ def with_draws(attack: Attack, num_samples: int) -> WithDraws:
         attack: Any attack.
         num_samples: 1 for one draw per step, more for expectation over transformation.
 
+    Returns:
+        An attack with the options of `attack`.
+
     Raises:
         ValueError: `num_samples` below 1.
 

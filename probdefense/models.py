@@ -42,6 +42,12 @@ def small_cnn(in_channels: int = 1, num_classes: int = 10, width: int = 16) -> n
 def lenet(num_classes: int = 10) -> nn.Sequential:
     """The network of JumpReLU for MNIST: two 5x5 convolutions, three linear layers, dropout between.
 
+    Args:
+        num_classes: Width of the output.
+
+    Returns:
+        A network ``(batch, 1, 28, 28) -> (batch, num_classes)``.
+
     References:
         Erichson et al., 2020, [JumpReLU](https://arxiv.org/abs/1904.03750)
 
@@ -60,6 +66,12 @@ def lenet(num_classes: int = 10) -> nn.Sequential:
 def vgg16(num_classes: int = 10) -> nn.Sequential:
     """The network of RSE and Adv-BNN for CIFAR-10: thirteen 3x3 convolutions with batch normalization.
 
+    Args:
+        num_classes: Width of the output.
+
+    Returns:
+        A network ``(batch, 3, 32, 32) -> (batch, num_classes)``.
+
     References:
         Liu et al., 2018, [Random Self-ensemble](https://arxiv.org/abs/1712.00673)
 
@@ -73,6 +85,12 @@ def vgg16(num_classes: int = 10) -> nn.Sequential:
 
 def model_a(num_classes: int = 10) -> nn.Sequential:
     """The network of RSE for STL-10 (96x96): six 3x3 convolutions, the last two without padding.
+
+    Args:
+        num_classes: Width of the output.
+
+    Returns:
+        A network ``(batch, 3, 96, 96) -> (batch, num_classes)``.
 
     References:
         Liu et al., 2018, [Random Self-ensemble](https://arxiv.org/abs/1712.00673)
@@ -91,6 +109,12 @@ def resnet20(num_classes: int = 10) -> nn.Module:
 
     Names are those of common checkpoints (``layer1.0.conv1.weight``). It does not normalize: put
     `Normalize` before it if the checkpoint was trained so. Each block runs one ReLU module twice.
+
+    Args:
+        num_classes: Width of the output.
+
+    Returns:
+        A network ``(batch, 3, 32, 32) -> (batch, num_classes)``.
 
     References:
         He et al., 2016, [Deep Residual Learning](https://arxiv.org/abs/1512.03385), option A

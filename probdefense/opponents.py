@@ -23,6 +23,12 @@ Opponent = Callable[[Any, int], Attack]
 
 EOT_SAMPLES = 16
 APGD_SAMPLES = 4
+FROZEN_SAMPLES = 4
+"""Draws on which minimum-norm attacks solve; the verdict is taken on fresh ones."""
+
+OTHER_NORMS = {"cw": 2, "cw_fixed": 2, "ddn": 2, "zoo": 2, "ead": 1}
+"""Attacks that minimize another norm than the l-inf of the command: their points count if they lie within."""
+
 ROUNDS = 2
 """Simulations of an adaptive defense."""
 
@@ -115,7 +121,19 @@ def _in_one_step(attack: Attack) -> Opponent:
 
 
 def _by_queries(attack: Attack) -> Opponent:
-    return lambda defense, gradients: with_draws(partial(attack, max_queries=QUERIES * gradients), 1)
+    return lambda defense, gradients: with_draws(
+        partial(attack, max_queries=max(1000, QUERIES * gradients)), 1
+    )
+
+
+def _on_frozen(attack: Attack, **settings: Any) -> Opponent:
+    """On few frozen draws: every step runs all of them."""
+    return lambda defense, gradients: with_draws(partial(attack, **settings), FROZEN_SAMPLES)
+
+
+def _suite(defense: LogitsFn, gradients: int) -> Attack:
+    """The suite has a budget of forward passes, about three for a gradient."""
+    return partial(attacks.suite, budget=max(1000, 3 * gradients))
 
 
 def _transferred(defense: Any, gradients: int) -> Attack:
@@ -149,14 +167,19 @@ NAMED: dict[str, Opponent] = {
     "pgd": _pgd,
     "eot_pgd": _iterated(attacks.pgd, EOT_SAMPLES),
     "apgd": _iterated(attacks.apgd, APGD_SAMPLES),
+    "cw": _on_frozen(attacks.cw, num_searches=5, init_c=0.1),
+    "cw_fixed": _on_frozen(attacks.cw_fixed, c=1.0),
+    "ead": _on_frozen(attacks.ead, num_searches=5, init_c=0.1),
+    "ddn": _on_frozen(attacks.ddn),
+    "fmn": _on_frozen(attacks.fmn, norm=math.inf),
+    "deepfool": _on_frozen(attacks.deepfool, norm=math.inf),
+    "suite": _suite,
     "arc": member_by_member,
     "bpda": _bpda,
     "transfer": _transferred,
     "worst_of": _worst_of,
     "fpa": _on_models(attacks.fpa),
     "gmsa": _on_models(attacks.gmsa),
-    **{
-        name: _by_queries(getattr(attacks, name))
-        for name in ("square", "zoo", "nes", "spsa", "hop_skip_jump")
-    },
+    **{name: _by_queries(getattr(attacks, name)) for name in ("square", "zoo", "nes", "spsa")},
+    "hop_skip_jump": _by_queries(partial(attacks.hop_skip_jump, norm=math.inf)),
 }

@@ -57,6 +57,9 @@ def to_arviz(
         weights: Whether every random weight is kept instead of the last layer's.
         seed: Of the draws.
 
+    Returns:
+        The container; ``to_netcdf`` writes it.
+
     Raises:
         TypeError: another kind of source, or no data for a defense.
         ValueError: fits with different variables, or weights that would not fit in memory.

@@ -90,6 +90,9 @@ def guide_k_hat(
         num_samples: Draws.
         seed: Of the draws.
 
+    Returns:
+        $\hat k$, one number for all draws.
+
     Raises:
         ValueError: noise sites, or weights without a prior.
 

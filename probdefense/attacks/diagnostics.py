@@ -45,7 +45,7 @@ def gradient_signal(
     r"""Agreement of signs, $\|\mathrm{E} g\| / \sqrt{\mathrm{E} \|g - \mathrm{E} g\|^2}$, and zeros.
 
     A small ratio need not call for more draws per step, because steps average too. On digits, at 64 to
-    320 gradients, PGD with 1, 4 or 16 draws per step ended within four points of each other; so did a
+    320 gradients, PGD with 1, 4 or 16 draws per step ended within six points of each other; so did a
     number of draws that grew until nine tenths of the gradient had a settled sign, which is why attacks
     do not adapt it.
 

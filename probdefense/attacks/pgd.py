@@ -181,8 +181,9 @@ def mim(
     seed: Seed = None,
     max_batch: int | None = None,
 ) -> Inputs:
-    r"""Momentum iterative method, $x_{t+1} = \Pi(x_t + \alpha\, d(v_t))$ with
-    $v_t = \mu v_{t-1} + g_t / \|g_t\|_1$.
+    r"""Momentum iterative method, $x_{t+1} = \Pi(x_t + \alpha\, d(v_t))$ along a decaying sum of gradients.
+
+    $$ v_t = \mu v_{t-1} + g_t / \|g_t\|_1 $$
 
     On a random defense the momentum also averages the draws of past steps.
 

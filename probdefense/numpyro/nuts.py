@@ -204,6 +204,9 @@ def compare_to_gold(
         num_samples: Draws of each, for the predictives and the verdicts.
         seed: Of draws and attacks.
 
+    Returns:
+        A `Gap`.
+
     Examples:
         >>> import probdefense as pd
         >>> defense, data = pd.deterministic(torch.nn.Linear(4, 3)), (torch.rand(5, 4), torch.zeros(5).long())

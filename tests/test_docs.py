@@ -1,0 +1,196 @@
+"""The site and the docstrings: every public name has a page and a complete docstring, every link leads somewhere."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NAV = re.findall(r"(?:- |: )([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2], re.M)
+
+PACKAGES = ("", "attacks", "checks", "defenses", "objectives", "nn", "analysis", "numpyro")
+MODULES = ("losses", "rules", "models", "data", "detection", "calibration")
+INTERNAL = {
+    "leads",
+    "score_margin",
+    "draws_per_verdict",
+    "verdicts",
+    "margins",
+    "as_rule",
+    "import_torchvision",
+}
+"""Functions of these modules that the library keeps to itself."""
+
+
+def public_names():
+    """Every public function and class, by the name under which users find it."""
+    found = {}
+    for package in PACKAGES:
+        name = f"probdefense.{package}".rstrip(".")
+        module = importlib.import_module(name)
+        found |= {f"{name}.{each}": getattr(module, each) for each in module.__all__}
+    for each in MODULES:
+        module = importlib.import_module(f"probdefense.{each}")
+        found |= {
+            f"probdefense.{each}.{name}": value
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__ and name[0] != "_" and name not in INTERNAL
+        }
+    return {name: v for name, v in found.items() if inspect.isfunction(v) or inspect.isclass(v)}
+
+
+PUBLIC = public_names()
+DOCUMENTED = re.findall(r"^::: (\S+)$", "\n".join(page.read_text() for page in PAGES), re.M)
+
+
+def resolve(path):
+    """The object of a dotted path, through modules and attributes."""
+    first, *rest = path.split(".")
+    value, name = importlib.import_module(first), first
+    for part in rest:
+        name = f"{name}.{part}"
+        value = getattr(value, part) if hasattr(value, part) else importlib.import_module(name)
+    return value
+
+
+def test_every_public_name_has_a_page():
+    described = [resolve(path) for path in DOCUMENTED]
+    missing = [name for name, value in PUBLIC.items() if not any(value is each for each in described)]
+    assert missing == []
+    assert len(PUBLIC) > 90
+
+
+def test_no_name_has_two_pages():
+    assert len(DOCUMENTED) == len(set(DOCUMENTED))
+
+
+def test_the_nav_and_the_pages_agree():
+    assert len(NAV) == len(set(NAV)) > 40
+    assert sorted(NAV) == [str(page.relative_to(DOCS)) for page in PAGES]
+
+
+def slug(title):
+    """The anchor that the table of contents makes of a heading."""
+    plain = re.sub(r"\[([^\]]*)\](\([^)]*\)|\[[^\]]*\])", r"\1", title)
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+
+
+def prose(page):
+    """A page without its code."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "code", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_internal_links_resolve(page):
+    text = prose(page)
+    for target in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", text):
+        if target[0].startswith(("http", "mailto")):
+            continue
+        other = (page.parent / target[0]) if target[0] else page
+        assert other.is_file(), f"{page}: {target[0]}"
+        if target[1]:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(), re.M)
+            assert target[1][1:] in {slug(heading) for heading in headings}, f"{page}: {target}"
+    for name in re.findall(r"\]\[(probdefense[\w.]*)\]", text):
+        assert any(name == known or name.startswith(f"{known}.") for known in DOCUMENTED), f"{page}: {name}"
+        resolve(name)
+
+
+BLOCKS = re.compile(r"^```python exec=\"on\".*?^```$", re.DOTALL | re.MULTILINE)
+
+
+def test_pages_are_wide_enough_for_their_code():
+    for page in PAGES:
+        for block in BLOCKS.findall(page.read_text()):
+            assert max(map(len, block.splitlines())) <= 116, f"{page}: {block[:80]}"
+
+
+@pytest.mark.parametrize("word", ["/work/", "/tmp/", "session of", "helper A"])
+def test_pages_do_not_speak_of_how_they_were_made(word):
+    assert [str(page) for page in PAGES if word in page.read_text()] == []
+
+
+# Docstrings
+
+METHODS = [
+    name
+    for name in PUBLIC
+    if name.startswith(("probdefense.attacks.", "probdefense.losses.", "probdefense.rules."))
+] + [
+    f"probdefense.{name}"
+    for name in (
+        *("certify", "rmc", "compare", "evaluate", "predict"),
+        *(
+            f"defenses.{each}"
+            for each in ["rse", "bayesian", "pni", "mc_dropout", "ensemble", "jump_relu", "brelu"]
+        ),
+        *(
+            f"objectives.{e}"
+            for e in [
+                "elbo",
+                "multi_sample",
+                "adversarial",
+                "mixed",
+                "trades",
+                "distilled",
+                "gaussian_augmented",
+            ]
+        ),
+    )
+]
+"""Names that come from a paper."""
+
+OUR_OWN = {"probdefense.losses.predictive_log_odds"}
+"""Methods without a paper."""
+
+SLOW = ("analysis.", "numpyro.", "probdefense.models.resnet20")
+"""Names whose example would draw, sample or train; the tutorials run them."""
+
+
+def parameters(value):
+    """What a caller may give: of a function, or of a class that is made by hand."""
+    if inspect.isclass(value) and (hasattr(value, "_fields") or hasattr(value, "__dataclass_fields__")):
+        return []
+    names = inspect.signature(value).parameters.values()
+    return [p.name for p in names if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def gaps(name, value):
+    """What the docstring of a public name lacks."""
+    doc = inspect.getdoc(value) or ""
+    lines = doc.splitlines() or [""]
+    if not lines[0].endswith((".", "$")) or (len(lines) > 1 and lines[1]):
+        yield "one line"
+    listed = parameters(value)
+    if listed and "made by `" not in lines[0]:
+        described = set(re.findall(r"^    (\w+): ", doc.partition("Args:")[2], re.M))
+        if set(listed) - described:
+            yield f"Args: {', '.join(sorted(set(listed) - described))}"
+    if inspect.isfunction(value):
+        answer = str(inspect.signature(value).return_annotation)
+        if len(doc.splitlines()) > 8 and not re.search("None$|Iterator", answer) and "Returns:" not in doc:
+            yield "Returns"
+        if re.search(r"^    raise ", inspect.getsource(inspect.unwrap(value)), re.M) and "Raises:" not in doc:
+            yield "Raises"
+    if name in METHODS and name not in OUR_OWN and "References:" not in doc:
+        yield "References"
+    made_by_us = inspect.isclass(value) and not parameters(value)
+    if ">>>" not in doc and not made_by_us and not any(word in name for word in SLOW):
+        yield "Examples"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_are_complete(name):
+    assert list(gaps(name, PUBLIC[name])) == []
+
+
+def test_an_incomplete_docstring_is_found():
+    def bare(x, y):
+        """It has no period"""
+
+    assert list(gaps("probdefense.attacks.bare", bare)) == ["one line", "Args: x, y", "Examples"]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import probdefense as pd
-from probdefense.types import Inputs, Labels, LogitsFn, Seed
+from probdefense.types import Attack, Inputs, Labels, LogitsFn, Seed
 
 
 def main(quick: bool = False) -> None:
@@ -32,7 +32,7 @@ def main(quick: bool = False) -> None:
         with pd.attacks.bpda(jumps, pd.defenses.surrogates(jumps, width=0.1)):
             return pgd(logits_fn, x, y, eps=eps, seed=seed)
 
-    made_for_it = {
+    made_for_it: dict[str, Attack] = {
         "bpda": bpda,
         "transfer": pd.attacks.transfer(pgd, plain),
         "square": partial(pd.attacks.square, max_queries=10 * num_steps),

@@ -8,6 +8,7 @@ modules is a defense if the model returns logits and observes y in a plate of th
 
 import sys
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -28,7 +29,8 @@ class Model(PyroModule):
         super().__init__()
         self.num_data = num_data
         self.features = nn.Sequential(*list(pd.models.small_cnn())[:-1])
-        self.last = PyroModule[nn.Linear](64, 10)
+        random_linear: Any = PyroModule[nn.Linear]
+        self.last = random_linear(64, 10)
         self.last.weight = PyroSample(dist.Normal(0.0, 0.3).expand([10, 64]).to_event(2))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:

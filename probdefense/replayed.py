@@ -5,7 +5,7 @@ one. Parameters stay local to their modules (no global parameter store).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,16 +25,13 @@ from probdefense.types import Draws, Inputs, Labels, Step
 
 
 @contextmanager
-def local_params() -> Iterator[None]:
-    """Pyro modules keep their parameters to themselves for the block."""
-    with pyro.settings.context(module_local_params=True):
+def own_params() -> Iterator[None]:
+    """The parameter store is empty for the block and as it was afterwards: modules bring their own.
+
+    So modules work whether or not they were made under ``module_local_params``.
+    """
+    with pyro.settings.context(module_local_params=False), pyro.get_param_store().scope():
         yield
-
-
-_LOOSE = (
-    "the guide uses a pyro.param statement that belongs to no module, so fit would not train it; "
-    "make it an attribute, as in self.loc = PyroParam(...)"
-)
 
 
 class Replayed:
@@ -58,7 +55,7 @@ class Replayed:
                     "nothing to train yet; pass example=x, a batch of inputs"
                 )
             return
-        with torch.no_grad(), forked(0, example.device), held_still(self.model), local_params():
+        with torch.no_grad(), forked(0, example.device), held_still(self.model), own_params():
             try:
                 trace = poutine.trace(self.guide).get_trace(example)
             except ValueError as error:
@@ -66,13 +63,18 @@ class Replayed:
                     f"the guide failed on the example: {error}; hide the labels from an autoguide, as "
                     "in AutoNormal(poutine.block(model, hide=['y']))"
                 ) from error
-            except NotImplementedError as error:  # Pyro's word for pyro.param in a local PyroModule
-                raise ValueError(f"{_LOOSE}: {error}") from error
+        self._refuse_loose(trace)
+
+    def _refuse_loose(self, trace: Trace) -> None:
+        """Refuses parameters that no module owns: nothing would train them."""
         known = {id(p) for p in [*self.model.parameters(), *self.guide.parameters()]}
         for name, site in trace.nodes.items():
             value: Any = site.get("value")
             if site["type"] == "param" and id(_unconstrained(value)) not in known:
-                raise ValueError(f"{_LOOSE}: {name}")
+                raise ValueError(
+                    f"the pyro.param statement {name!r} belongs to no module, so fit would not train it; "
+                    "make it an attribute, as in self.loc = PyroParam(...)"
+                )
 
     def logits(self, x: Inputs, num_samples: int, chunk_size: int | None, backend: str) -> Tensor:
         """Logits of fresh draws, ``(samples, batch, classes)``."""
@@ -84,7 +86,7 @@ class Replayed:
 
     def step(self, x: Inputs, y: Labels, draws: Draws | None) -> Step:
         """One training forward: fresh draws (or the given ones), log-likelihood and KL by site."""
-        with local_params():
+        with own_params():
             guide = self.guide if draws is None else poutine.condition(self.guide, data=draws)
             guide_trace = poutine.trace(guide).get_trace(x, y)
             given = _latents(guide_trace, observed=draws is not None)
@@ -104,12 +106,12 @@ class Replayed:
 
     def at(self, x: Inputs, draws: Draws) -> Tensor:
         """Logits at one given draw, ``(1, batch, classes)``."""
-        with local_params(), held_still(self.model):
+        with own_params(), held_still(self.model):
             return poutine.condition(self.model, data=draws)(x).unsqueeze(0)
 
     def mean(self, x: Inputs) -> Tensor:
         """Logits with every latent site at the mean of the guide, ``(1, batch, classes)``."""
-        with local_params(), held_still(self.guide), MeanMessenger():
+        with own_params(), held_still(self.guide), MeanMessenger():
             trace = poutine.trace(self.guide).get_trace(x)
         with MeanMessenger():
             return self._replay(x, trace).unsqueeze(0)
@@ -118,24 +120,27 @@ class Replayed:
         """The latent sites of one run of the model at one draw of the guide."""
         model = poutine.replay(self.model, trace=self.trace(x))
         y = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # any labels: they mark what is observed
-        with local_params(), held_still(self.model):
+        with own_params(), held_still(self.model):
             return _latents(poutine.trace(model).get_trace(x, y))
 
     def trace(self, x: Inputs) -> Trace:
         """One trace of the guide."""
-        with local_params(), held_still(self.guide):
+        with own_params(), held_still(self.guide):
             return poutine.trace(self.guide).get_trace(x)
 
     def num_data(self, x: Inputs, y: Labels) -> int:
         """The size of the data set, read off the plate around the observation."""
-        with torch.no_grad(), forked(0), held_still(self.model), held_still(self.guide), local_params():
-            trace = poutine.trace(poutine.replay(self.model, trace=self.trace(x))).get_trace(x, y)
+        with torch.no_grad(), forked(0), held_still(self.model), held_still(self.guide), own_params():
+            guide_trace = self.trace(x)
+            trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(x, y)
+        for seen in (guide_trace, trace):
+            self._refuse_loose(seen)
         sites = [s for s in trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
         scales = [float(s["scale"]) for s in sites if not _subsample(s)]
         return round(max(scales, default=1.0) * len(x))
 
     def _replay(self, x: Inputs, guide_trace: Trace) -> Tensor:
-        with local_params(), held_still(self.model):
+        with own_params(), held_still(self.model):
             return poutine.replay(self.model, trace=guide_trace)(x)
 
 
@@ -247,13 +252,11 @@ def _kl(site: Any, model_trace: Trace) -> Tensor | None:
         return (_weighted(site, site["fn"].log_prob(site["value"]))).sum()
     if site["mask"] is False and prior["mask"] is False:
         return None
-    try:
-        if isinstance(site["fn"], dist.Delta):  # an autoguide's: its density may hold a Jacobian
-            raise NotImplementedError
-        return _weighted(site, kl_divergence(site["fn"], prior["fn"])).sum()
-    except NotImplementedError:
-        q = _weighted(site, site["fn"].log_prob(site["value"])).sum()
-        return q - _weighted(prior, prior["fn"].log_prob(site["value"])).sum()
+    if not isinstance(site["fn"], dist.Delta):  # an autoguide's density may hold a Jacobian
+        with suppress(NotImplementedError):
+            return _weighted(site, kl_divergence(site["fn"], prior["fn"])).sum()
+    q = _weighted(site, site["fn"].log_prob(site["value"])).sum()
+    return q - _weighted(prior, prior["fn"].log_prob(site["value"])).sum()
 
 
 def _weighted(site: Any, log_prob: Tensor) -> Tensor:

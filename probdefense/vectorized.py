@@ -45,6 +45,8 @@ class Vectorized:
     def logits(self, x: Inputs, num_samples: int, chunk_size: int | None, backend: str) -> Tensor:
         """Logits of fresh draws, ``(samples, batch, classes)``."""
         rows = chunk_size or ROWS
+        if not self.stochastic and len(x) <= rows:
+            return self.at(x, {})
         size = self._draws_at_once(len(x), rows, backend)
         members = {site.name: site.draw((num_samples, site.size)) for site in self._branching}
         parts = []

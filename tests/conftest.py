@@ -1,6 +1,10 @@
 """Every test starts from the same random state and leaves torch's global settings as they were."""
 
+import os
 from collections.abc import Callable, Iterator
+
+# On tensors this small more threads only wait for each other, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pyro
 import pytest

@@ -65,6 +65,25 @@ def make(**options):
         return pd.Defense(Model(), Guide(**options), example=batch()[0])
 
 
+def make_globally(**options):
+    """As most people write it, without Pyro's setting for local parameters."""
+    return pd.Defense(Model(), Guide(**options), example=batch()[0])
+
+
+def nested():
+    """A guide inside a guide."""
+
+    class Outer(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = Guide()
+
+        def forward(self, x, y=None):
+            return self.inner(x, y)
+
+    return pd.Defense(Model(), Outer())
+
+
 def autoguided(kind=AutoNormal):
     with local():
         model = Model(noise=0.0)
@@ -78,7 +97,7 @@ def half_guided():
         return pd.Defense(model, AutoNormal(poutine.block(model, hide=["y", "eps"])), example=batch()[0])
 
 
-@pytest.mark.parametrize("make_defense", [make, autoguided, half_guided])
+@pytest.mark.parametrize("make_defense", [make, make_globally, nested, autoguided, half_guided])
 def test_draws_freezing_and_gradients(make_defense):
     defense, (x, _) = make_defense(), batch()
     assert defense.stochastic and defense(x, 5).shape == (5, 8, 3)
@@ -123,7 +142,7 @@ def test_closed_kl_where_the_guide_has_plain_normals():
     assert defense.num_data == N
 
 
-@pytest.mark.parametrize("make_defense", [make, autoguided, lambda: autoguided(AutoDiagonalNormal)])
+@pytest.mark.parametrize("make_defense", [make, make_globally, nested, autoguided, lambda: autoguided(AutoDiagonalNormal)])
 def test_fit_trains_every_parameter(make_defense):
     defense, (x, y) = make_defense(), batch(N)
     before = {n: p.detach().clone() for n, p in defense.named_parameters()}
@@ -178,8 +197,26 @@ def test_param_statements_that_belong_to_no_module_are_refused():
             loc = pyro.param("loose_loc", torch.zeros(3, 4))
             pyro.sample("linear.weight", dist.Normal(loc, 1.0).to_event(2))
 
-    with local(), pytest.raises(ValueError, match="a pyro.param statement that belongs to no module"):
+    with local(), pytest.raises(ValueError, match="pyro.param statement 'loose_loc' belongs to no module"):
         pd.Defense(Model(), Loose(), example=batch()[0])
+
+
+def test_loose_parameters_are_refused_before_training_without_an_example_too():
+    class Loose(PyroModule):
+        def forward(self, x, y=None):
+            loc = pyro.param("loose_loc", torch.zeros(3, 4))
+            pyro.sample("linear.weight", dist.Normal(loc, 1.0).to_event(2))
+
+    with pytest.raises(ValueError, match="'loose_loc' belongs to no module"):
+        pd.fit(pd.Defense(Model(), Loose()), [batch(N)], epochs=1, progress=False)
+
+
+def test_the_users_store_is_left_alone():
+    pyro.param("mine", torch.ones(1))
+    defense = make_globally()
+    pd.fit(defense, [batch(N)], epochs=1, progress=False)
+    defense(batch()[0], 3)
+    assert list(pyro.get_param_store().keys()) == ["mine"]
 
 
 def test_builders_do_not_take_it():

@@ -48,11 +48,10 @@ def main(quick: bool = False) -> None:
     """Trains it like any other defense and attacks it with one draw per step and with several."""
     torch.manual_seed(0)
     train, test = pd.data.digits()
-    with pyro.settings.context(module_local_params=True):
-        model = Model(len(train))
-        hidden = poutine.block(model, hide=["y", "contrast"])
-        guide = AutoNormal(hidden, init_loc_fn=init_to_sample, init_scale=0.05)
-        defense = pd.Defense(model, guide, example=train.tensors[0][:2])
+    model = Model(len(train))
+    hidden = poutine.block(model, hide=["y", "contrast"])
+    guide = AutoNormal(hidden, init_loc_fn=init_to_sample, init_scale=0.05)
+    defense = pd.Defense(model, guide, example=train.tensors[0][:2])
     optimizer = torch.optim.Adam(defense.param_groups(), lr=4e-3)
     loader = DataLoader(train, 64, shuffle=True)
     pd.fit(defense, loader, epochs=3 if quick else 20, optimizer=optimizer, progress=not quick)

@@ -115,11 +115,6 @@ def test_pages_are_wide_enough_for_their_code():
             assert max(map(len, block.splitlines())) <= 116, f"{page}: {block[:80]}"
 
 
-@pytest.mark.parametrize("word", ["/work/", "/tmp/", "session of", "helper A"])
-def test_pages_do_not_speak_of_how_they_were_made(word):
-    assert [str(page) for page in PAGES if word in page.read_text()] == []
-
-
 # Docstrings
 
 METHODS = [

@@ -26,7 +26,7 @@ from probdefense.evaluation import evaluate, gather
 from probdefense.numpyro.chains import run_chains
 from probdefense.numpyro.kept import with_kept
 from probdefense.prediction import predict
-from probdefense.replayed import local_params
+from probdefense.replayed import own_params
 from probdefense.report import Report
 from probdefense.rng import derive, forked
 from probdefense.sites import WeightSite, join
@@ -171,7 +171,7 @@ def nuts(
     _refuse_unfit_sites(model, x, y)
     chains = []
     for chain in range(num_chains):
-        with forked(derive(seed, chain)), local_params():
+        with forked(derive(seed, chain)), own_params():
             sampler = MCMC(NUTS(model), num_samples, num_warmup, disable_progbar=True)
             sampler.run(x, y)
             chains.append(sampler.get_samples())
@@ -301,7 +301,7 @@ def _normal_prior(defense: Defense, names: list[str], like: Tensor) -> tuple[Ten
 
 
 def _refuse_unfit_sites(model: Any, x: Inputs, y: Labels) -> None:
-    with local_params(), torch.no_grad(), forked(0):
+    with own_params(), torch.no_grad(), forked(0):
         trace = poutine.trace(model).get_trace(x, y)
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site["is_observed"] or type(site["fn"]).__name__ == "_Subsample":

@@ -100,14 +100,22 @@ def _pairs(result: Result) -> list[str]:
     rows = result.comparison.rows
     hardest = "worst" if any(row["attack"] == "worst" for row in rows) else rows[-1]["attack"]
     rows = [row for row in rows if row["attack"] == hardest]
-    if len(rows) > PAIRS:
-        accuracy = {row[side]: row[f"accuracy_{side}"] for row in rows for side in "ab"}
-        best = max(accuracy, key=lambda name: accuracy[name])
-        rows = [row for row in rows if best in (row["a"], row["b"])]
+    counts = dict.fromkeys(row["num_examples"] for row in rows)
+    groups = [[row for row in rows if row["num_examples"] == count] for count in counts]
     lines = [
         f"  {row['a']} - {row['b']}: {100 * row['difference']:+.1f} "
         f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}], "
         f"P({row['a']} is better) = {row['probability']:.3f}, p = {row['p_holm']:.2g} (Holm)"
-        for row in rows
+        for group in groups
+        for row in _printed(group)
     ]
     return [f"pairs under {hardest}, in points; {result.comparison.scope}", *lines]
+
+
+def _printed(rows: list[Row]) -> list[Row]:
+    """All pairs that saw the same images if they are few, else those with the best defense."""
+    if len(rows) <= PAIRS:
+        return rows
+    accuracy = {row[side]: row[f"accuracy_{side}"] for row in rows for side in "ab"}
+    best = max(accuracy, key=lambda name: accuracy[name])
+    return [row for row in rows if best in (row["a"], row["b"])]

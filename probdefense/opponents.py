@@ -5,17 +5,20 @@ its members, its adaptation) and spends about `gradients` per image, every draw 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from probdefense import attacks
+from probdefense.attacks.bpda import Surrogate
 from probdefense.defense import Defense
 from probdefense.defenses.jump_relu import surrogates
 from probdefense.drawing import is_adaptive
 from probdefense.evaluation import with_draws
 from probdefense.losses import dlr, predictive_cross_entropy
-from probdefense.nn import JumpReLU
+from probdefense.nn import BReLU, JumpReLU
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Seed
 from probdefense.validation import check_member
 
@@ -53,11 +56,19 @@ def scale_free(defense: LogitsFn, gradients: int) -> Attack:
 
 def through_jumps(defense: Defense, gradients: int) -> Attack:
     """PGD by BPDA: the true forward pass, the gradient of smoothed jumps."""
+    return _bpda_pgd(defense, surrogates(defense), gradients)
 
+
+def past_ceilings(defense: Defense, gradients: int) -> Attack:
+    """PGD by BPDA: the gradient of ReLUs without the ceiling, beyond which BReLU passes none."""
+    return _bpda_pgd(defense, {BReLU: torch.relu}, gradients)
+
+
+def _bpda_pgd(defense: Defense, smooth: Mapping[Any, Surrogate], gradients: int) -> Attack:
     def bpda_pgd(
         logits_fn: LogitsFn, x: Inputs, y: Labels, *, eps: float, norm: Norm = math.inf, seed: Seed = None
     ) -> Inputs:
-        with attacks.bpda(defense, surrogates(defense)):
+        with attacks.bpda(defense, smooth):
             return attacks.pgd(logits_fn, x, y, eps=eps, norm=norm, num_steps=gradients, seed=seed)
 
     return with_draws(bpda_pgd, 1)

@@ -197,7 +197,7 @@ RECIPES: dict[str, Recipe] = {
         "defensive distillation at T = 40 (Papernot et al., 2016)", _distillation, opponents.scale_free
     ),
     "brelu": Recipe(
-        "bounded ReLU and Gaussian augmentation (Zantedeschi et al., 2017)", _brelu, opponents.scale_free
+        "bounded ReLU and Gaussian augmentation (Zantedeschi et al., 2017)", _brelu, opponents.past_ceilings
     ),
     "madry": Recipe("PGD adversarial training (Madry et al., 2018)", _madry),
     "fast": Recipe("adversarial training by one random FGSM step (Wong et al., 2020)", _fast),

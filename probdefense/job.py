@@ -306,4 +306,4 @@ def catalog() -> dict[str, dict[str, str]]:
 def _first_line(function: Any) -> str:
     """The first line of a docstring, without its formula."""
     line = inspect.cleandoc(function.__doc__ or "").partition("\n")[0]
-    return re.sub(r",?\s*\$[^$]*\$", "", line)
+    return re.sub(r"(, from|,)?\s*\$[^$]*\$", "", line)

@@ -142,7 +142,9 @@ def test_closed_kl_where_the_guide_has_plain_normals():
     assert defense.num_data == N
 
 
-@pytest.mark.parametrize("make_defense", [make, make_globally, nested, autoguided, lambda: autoguided(AutoDiagonalNormal)])
+@pytest.mark.parametrize(
+    "make_defense", [make, make_globally, nested, autoguided, lambda: autoguided(AutoDiagonalNormal)]
+)
 def test_fit_trains_every_parameter(make_defense):
     defense, (x, y) = make_defense(), batch(N)
     before = {n: p.detach().clone() for n, p in defense.named_parameters()}

@@ -56,8 +56,9 @@ def apgd(
     seed: Seed = None,
     max_batch: int | None = None,
 ) -> Inputs:
-    r"""Auto-PGD, from a step of $2\,\epsilon$ (of $\epsilon$ for L1) that halves where the climb stalls.
+    r"""Auto-PGD: the step halves where the climb stalls, from $2\,\epsilon$.
 
+    For L1 it starts at $\epsilon$.
     Without randomness the answer is the iterate with the smallest margin; on a random defense it is
     the last one, and restarts are compared on fresh draws.
 

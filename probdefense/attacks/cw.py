@@ -44,7 +44,7 @@ def cw(
     seed: Seed = None,
     max_batch: int | None = None,
 ) -> Inputs:
-    r"""Carlini and Wagner's L2 attack, the nearest wrong point over a bisection of $c$.
+    r"""Carlini and Wagner's L2 attack, the nearest wrong point, by bisection over its constant, $c$.
 
     Each example has its own constant and stops on its own. A random defense is solved on frozen draws
     and the points are settled on others.
@@ -108,7 +108,7 @@ def cw_fixed(
     seed: Seed = None,
     max_batch: int | None = None,
 ) -> Inputs:
-    r"""The protocol of the RSE paper: one given $c$, few short steps, and the last point as it is.
+    r"""The protocol of the RSE paper: one given constant, few short steps, and the last point as it is.
 
     For reproduction only. Pixels at exactly 0 or 1 cannot move, the steps reach a distance of about
     $300 \cdot 10^{-3}$ in $w$, and nothing checks that the answer is wrong. On a random defense every

@@ -39,7 +39,7 @@ def ead(
     seed: Seed = None,
     max_batch: int | None = None,
 ) -> Inputs:
-    r"""Elastic-net attack, the wrong point nearest in L1 over a bisection of $c$.
+    r"""Elastic-net attack, the wrong point nearest in L1, by bisection over its constant, $c$.
 
     Each example has its own constant and stops on its own. A random defense is solved on frozen draws
     and the points are settled on others.

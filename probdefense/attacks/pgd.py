@@ -119,7 +119,7 @@ def bim(
     seed: Seed = None,
     max_batch: int | None = None,
 ) -> Inputs:
-    r"""Basic iterative method (I-FGSM), $x_{t+1} = \Pi(x_t + \alpha\, d_t)$ from $x_0 = x$.
+    r"""Basic iterative method (I-FGSM) from the clean input, $x_{t+1} = \Pi(x_t + \alpha\, d_t)$.
 
     It is `pgd` without the random start and with steps that only together reach the sphere.
 

@@ -14,7 +14,7 @@ from probdefense.types import Attack, Inputs, Labels, LogitsFn, Seed
 
 
 def transfer(attack: Attack, source: LogitsFn) -> Attack:
-    r"""An attack that asks another function: $x_{adv} = A(f_{source}, x, y)$, whatever is attacked.
+    r"""An attack that asks another function, whatever is attacked, $x_{adv} = A(f_{source}, x, y)$.
 
     The function under attack is never called.
 

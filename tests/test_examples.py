@@ -21,6 +21,7 @@ def loaded(script):
     return module
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("script", PROGRAMS, ids=lambda script: script.stem)
 def test_main_prints_a_table(script, capsys):
     main = loaded(script).main
@@ -30,6 +31,7 @@ def test_main_prints_a_table(script, capsys):
     assert len(lines) >= 3 and "nan" not in " ".join(lines)
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("name", ["mini_probdefense"])
 def test_a_script_runs_by_itself(name):
     command = [sys.executable, "-W", "error::UserWarning", f"examples/{name}.py", "--quick"]

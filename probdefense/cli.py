@@ -60,6 +60,8 @@ def compare(
         _check_writable(out)
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
+    if request.quick and request.data == "digits":
+        job.use_one_thread()
     result = job.run(request, split, say=lambda line: print(line, file=sys.stderr))
     written = job.write(result, out)
     if as_json:

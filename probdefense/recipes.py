@@ -85,7 +85,7 @@ class Workshop:
         fit(defense, loader, epochs=self.epochs, objective=objective, optimizer=optimizer, schedule=schedule)
         return defense.eval()
 
-    def inner_attack(self, num_steps: int = 5) -> Attack:
+    def inner_attack(self, num_steps: int = 4) -> Attack:
         """The inner maximization of adversarial training, from a random start."""
         return partial(attacks.pgd, eps=self.eps, num_steps=num_steps, step_size=2 * self.eps / num_steps)
 

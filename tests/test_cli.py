@@ -8,7 +8,7 @@ import pytest
 
 from probdefense import cli, job
 
-SMALL = {"epochs": 1, "gradients": 16, "images": 12, "checked": 12, "votes": 20}
+SMALL = {"epochs": 1, "gradients": 16, "images": 12, "checked": 12, "check_gradients": 16, "votes": 20}
 
 
 def run(monkeypatch, *arguments: str) -> int:

@@ -28,7 +28,11 @@ def little_request(**changes) -> Request:
 @pytest.fixture(scope="module")
 def result(little):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "QUICK", {"epochs": 1, "gradients": 16, "images": 24, "checked": 24, "votes": 50})
+        patch.setattr(
+            job,
+            "QUICK",
+            {"epochs": 1, "gradients": 16, "images": 24, "checked": 24, "check_gradients": 16, "votes": 50},
+        )
         request, _ = job.prepare(little_request(defenses=("none", "rse", "bayesian")))
         return job.run(request, little)
 
@@ -117,7 +121,9 @@ def test_without_randomness_an_old_posterior_goes(result, little, tmp_path):
 
 def test_a_seed_fixes_every_byte(little, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        job, "QUICK", {"epochs": 1, "gradients": 16, "images": 16, "checked": 16, "votes": 20}
+        job,
+        "QUICK",
+        {"epochs": 1, "gradients": 16, "images": 16, "checked": 16, "check_gradients": 16, "votes": 20},
     )
     texts = []
     for folder in ("a", "b"):
@@ -128,7 +134,11 @@ def test_a_seed_fixes_every_byte(little, tmp_path, monkeypatch):
 
 
 def test_a_defense_that_adapts_stands_beside_its_static_base(little, monkeypatch):
-    monkeypatch.setattr(job, "QUICK", {"epochs": 1, "gradients": 8, "images": 12, "checked": 12, "votes": 20})
+    monkeypatch.setattr(
+        job,
+        "QUICK",
+        {"epochs": 1, "gradients": 8, "images": 12, "checked": 12, "check_gradients": 16, "votes": 20},
+    )
     monkeypatch.setattr(job, "ADAPTIVE_IMAGES", 6)
     monkeypatch.setattr(opponents, "ROUNDS", 1)
     request, _ = job.prepare(little_request(defenses=("rmc",), attacks=("adaptive",)))

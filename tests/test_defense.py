@@ -255,7 +255,7 @@ def test_backends_draw_from_one_distribution(name):
     defense, (x, _) = defended(name), tiny_batch()
     if not defense.stochastic:
         return
-    draws = 500
+    draws = 300
     with torch.no_grad():
         means = [defense(x[:2], draws, backend=b) for b in ("loop", "vmap", "fold")]
     for logits in means:

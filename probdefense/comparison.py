@@ -163,8 +163,8 @@ def _rows(side_a: list[Report], side_b: list[Report]) -> list[Row]:
                 "difference": means[0] - means[1],
                 "low": max(-1.0, center - half),
                 "high": min(1.0, center + half),
-                "p": 2 * min(spread.test(center), spread.test(-center)),
-                "probability": 1 - spread.test(center),
+                "p": 2 * min(spread.p_value(center), spread.p_value(-center)),
+                "probability": 1 - spread.p_value(center),
                 "num_seeds": len(side_a),
                 "num_examples": tables[0][0].shape[1],
             }

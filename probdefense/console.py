@@ -85,7 +85,9 @@ def _certificates(result: Result) -> list[str]:
 
 def _checks(result: Result) -> list[str]:
     """One line per defense, and one per check that fired."""
-    lines = []
+    asked = result.report.settings
+    budget = f"{asked['checked']} images, {asked['check_gradients']} gradients per image"
+    lines = [f"checks at {budget}: a small budget, checks.run takes more"] if result.checks else []
     for name, found in result.checks.items():
         quiet = sum(check.verdict == "ok" for check in found)
         lines.append(f"checks, {name}: {quiet} ok, {len(found.fired)} fired")

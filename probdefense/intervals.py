@@ -109,7 +109,7 @@ class Spread(NamedTuple):
     variance: float
     dof: float
 
-    def test(self, excess: float) -> float:
+    def p_value(self, excess: float) -> float:
         """One-sided p-value that a mean is above zero by chance, given its estimate."""
         if self.variance <= 0:
             return float(excess <= 0)

@@ -111,7 +111,7 @@ def test_the_posterior_probability_is_uniform_where_nothing_differs():
     found = []
     for seed in range(600):
         center, spread = paired(bits(0.4, 80, seed).astype(float) - bits(0.4, 80, 1000 + seed))
-        found.append(1 - spread.test(center))
+        found.append(1 - spread.p_value(center))
     for level in (0.1, 0.5, 0.9):
         tolerance = 4.3 * (level * (1 - level) / 600) ** 0.5
         assert np.mean(np.array(found) <= level) == pytest.approx(level, abs=tolerance)

@@ -95,7 +95,7 @@ def test_the_spread_of_a_table_is_that_of_its_parts():
 
 def test_a_tie_of_all_rows_is_no_evidence():
     spread = mean_spread(np.zeros((3, 10)), crossed=True)
-    assert spread.test(0.0) == 1.0 and spread.half_width() == 0.0
+    assert spread.p_value(0.0) == 1.0 and spread.half_width() == 0.0
 
 
 def test_holm_by_hand():

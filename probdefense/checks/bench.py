@@ -14,7 +14,6 @@ from probdefense.adapters import Samples
 from probdefense.attacks.pgd import pgd
 from probdefense.comparison import paired
 from probdefense.drawing import draw_groups
-from probdefense.intervals import Spread
 from probdefense.rng import derive
 from probdefense.rules import verdicts
 from probdefense.types import Attack, Inputs, Labels, Logits, LogitsFn, LossFn, Norm, Rule
@@ -162,4 +161,4 @@ def beyond(values: np.ndarray | Tensor, tolerance: float = TOLERANCE) -> bool:
     """
     table = np.atleast_2d(np.asarray(values, dtype=float))
     mean, spread = paired(table)
-    return Spread(spread.variance, spread.dof).test(mean - tolerance) < LEVEL
+    return spread.p_value(mean - tolerance) < LEVEL

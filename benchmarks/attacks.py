@@ -16,8 +16,8 @@ from torch import nn
 
 import probdefense as pd
 from probdefense.attacks import cw, ddn, fmn, pgd
+from probdefense.logits.rules import mean_prob
 from probdefense.ops import lp_norm
-from probdefense.rules import mean_prob
 
 
 def hand_written(net: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: float, steps: int) -> torch.Tensor:

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import probdefense as pd
-from probdefense.comparison import paired
-from probdefense.intervals import accuracy_interval, wilson
+from probdefense.evaluation.comparison import paired
+from probdefense.evaluation.intervals import accuracy_interval, wilson
 from probdefense.objectives import adversarial, elbo
 
 ACCURACIES = (0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98)

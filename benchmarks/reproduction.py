@@ -12,9 +12,9 @@ from pathlib import Path
 from torch.utils.data import TensorDataset
 
 import probdefense as pd
-from probdefense.drawing import is_adaptive
-from probdefense.opponents import named_attack
-from probdefense.recipes import RECIPES, Workshop
+from probdefense.prediction.drawing import is_adaptive
+from probdefense.study.opponents import named_attack
+from probdefense.study.recipes import RECIPES, Workshop
 
 TRAIN, TEST, EPOCHS, GRADIENTS, ADAPTIVE = 12_000, 200, 4, 64, 50
 

@@ -15,8 +15,8 @@ from nets import digits_nets
 
 import probdefense as pd
 from probdefense.attacks import suite
-from probdefense.drawing import draw_keyed
-from probdefense.rules import mean_prob
+from probdefense.logits.rules import mean_prob
+from probdefense.prediction.drawing import draw_keyed
 
 EPS = 0.1
 

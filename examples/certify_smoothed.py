@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import probdefense as pd
-from probdefense.report import format_table
+from probdefense.tables import format_table
 
 RADII = [0.0, 0.25, 0.5, 1.0]
 

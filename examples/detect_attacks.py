@@ -14,8 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import probdefense as pd
-from probdefense.detection import auroc, evading, predictive_entropy, uncertainty
-from probdefense.report import format_table
+from probdefense.tables import format_table
 
 COLUMNS = (
     "defense",
@@ -40,7 +39,9 @@ def main(quick: bool = False) -> None:
     }
     blind = pd.losses.predictive_cross_entropy
     losses = {"blind": blind} | {
-        f"knows the detector, weight {w}": evading(predictive_entropy, loss=blind, weight=w)
+        f"knows the detector, weight {w}": pd.detection.evading(
+            pd.detection.predictive_entropy, loss=blind, weight=w
+        )
         for w in (0.1, 0.3)
     }
     rows = []
@@ -52,11 +53,11 @@ def main(quick: bool = False) -> None:
             for title, loss in losses.items()
         }
         report = pd.evaluate(defense.eval(), (x, y), attacks, eps=0.1, num_samples=30, name=name)
-        rows += uncertainty(report, keep=0.9)
+        rows += pd.detection.uncertainty(report, keep=0.9)
         familiar, strange = (
             pd.predict(defense, images, 30, seed=0).predictive_entropy for images in (x, torch.rand_like(x))
         )
-        area = auroc(familiar, strange)
+        area = pd.detection.auroc(familiar, strange)
         row = {"defense": name, "attack": "pure noise", "predictive_entropy": float(strange.mean())}
         rows.append({**row, "auroc": area.value, "auroc_low": area.low, "auroc_high": area.high})
     print(format_table(rows, COLUMNS, percent=COLUMNS[3:]))

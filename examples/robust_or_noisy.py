@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import probdefense as pd
 from probdefense.objectives import adversarial, elbo
-from probdefense.report import format_table
+from probdefense.tables import format_table
 
 EPS = 0.15
 

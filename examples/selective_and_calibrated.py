@@ -13,8 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import probdefense as pd
-from probdefense.detection import uncertainty
-from probdefense.report import format_table
+from probdefense.tables import format_table
 
 COLUMNS = ("defense", "attack", "eps", "nll", "brier", "ece", "answered", "selective_accuracy", "errors")
 
@@ -37,7 +36,7 @@ def main(quick: bool = False) -> None:
         report = pd.evaluate(
             defense.eval(), (x, y), {"pgd": attack}, eps=[0.05, 0.1], num_samples=30, name=name
         )
-        rows += uncertainty(report, keep=0.9)
+        rows += pd.detection.uncertainty(report, keep=0.9)
     print(format_table(rows, COLUMNS, percent=COLUMNS[5:]))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import probdefense as pd
-from probdefense.report import format_table
+from probdefense.tables import format_table
 
 
 def main(quick: bool = False) -> None:

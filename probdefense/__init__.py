@@ -7,30 +7,26 @@ average them, certify them, or hand them to ArviZ.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from probdefense import (
-    attacks,
-    calibration,
-    checks,
-    data,
-    defenses,
-    detection,
-    losses,
-    models,
-    nn,
-    objectives,
-    rules,
-)
+from probdefense import attacks, checks, data, defenses, models, nn, objectives
 from probdefense.adaptation import rmc
-from probdefense.adapters import counted
-from probdefense.certification import Certificate, certify
-from probdefense.comparison import Comparison, compare, compare_all
-from probdefense.defense import Defense, deterministic
-from probdefense.evaluation import evaluate, with_draws
+from probdefense.checks import detection
+from probdefense.core import Defense, deterministic
+from probdefense.evaluation import (
+    Certificate,
+    Comparison,
+    Report,
+    calibration,
+    certify,
+    compare,
+    compare_all,
+    evaluate,
+    with_draws,
+)
+from probdefense.logits import losses, rules
+from probdefense.logits.adapters import counted
 from probdefense.objectives import LossModule
 from probdefense.prediction import Prediction, predict
-from probdefense.recalibration import recalibrate
-from probdefense.report import Report
-from probdefense.training import History, fit
+from probdefense.training import History, fit, recalibrate
 
 if TYPE_CHECKING:
     from probdefense import analysis, numpyro

@@ -10,7 +10,7 @@ from torch import nn
 
 import probdefense as pd
 from probdefense.defenses import MultiplicativeLogNormal
-from probdefense.losses import dlr
+from probdefense.logits.losses import dlr
 from probdefense.objectives import (
     adversarial,
     distilled,

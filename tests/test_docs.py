@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import probdefense
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -34,7 +36,7 @@ def public_names():
         module = importlib.import_module(name)
         found |= {f"{name}.{each}": getattr(module, each) for each in module.__all__}
     for each in MODULES:
-        module = importlib.import_module(f"probdefense.{each}")
+        module = getattr(probdefense, each)
         found |= {
             f"probdefense.{each}.{name}": value
             for name, value in vars(module).items()

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import probdefense as pd
-from probdefense.attacks.gradient import climb, input_gradient
-from probdefense.losses import expected_cross_entropy
+from probdefense.attacks.tools.gradient import climb, input_gradient
+from probdefense.logits.losses import expected_cross_entropy
 from probdefense.objectives import elbo
 
 PATH = Path(__file__).parent.parent / "examples" / "mini_probdefense.py"

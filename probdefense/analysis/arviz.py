@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from probdefense.analysis.fits import posterior, read_fit
-from probdefense.defense import Defense
-from probdefense.prediction import Prediction
-from probdefense.report import Report
+from probdefense.core.defense import Defense
+from probdefense.evaluation.report import Report
+from probdefense.prediction.predictive import Prediction
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Labels
 from probdefense.validation import check_classes, check_count, check_inputs, check_labels

@@ -13,7 +13,7 @@ import numpy as np
 
 from probdefense.analysis.arviz import from_groups
 from probdefense.analysis.thresholds import Outcomes, predict_draws, start, success_model, tally
-from probdefense.report import Report
+from probdefense.evaluation.report import Report
 from probdefense.validation import check_count, check_member
 
 MAX_R_HAT = 1.02

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
+from probdefense.core.sites import NoiseSite, WeightSite, layer_name
 from probdefense.rng import derive, forked
-from probdefense.sites import NoiseSite, WeightSite, layer_name
 from probdefense.types import Inputs, LogitsFn
 
 SMALL = 1_000

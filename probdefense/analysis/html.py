@@ -17,8 +17,8 @@ from probdefense.analysis.pictures import image_grid
 from probdefense.analysis.plots import accuracy_chart, norm_name, robustness_curves, shared_attacks
 from probdefense.analysis.style import COLORS, MUTED
 from probdefense.checks.results import Check
-from probdefense.comparison import Comparison
-from probdefense.report import Report, Row
+from probdefense.evaluation.comparison import Comparison
+from probdefense.evaluation.report import Report, Row
 from probdefense.types import Inputs
 
 DARK = ("#56a8e0", "#f28a4b", "#3cc49a", "#e0a2c4", "#f0b84a", "#8fcbf0", "#c2a063")

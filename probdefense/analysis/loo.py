@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from probdefense.analysis.arviz import from_groups
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
+from probdefense.core.sites import WeightSite
 from probdefense.rng import forked
-from probdefense.sites import WeightSite
 from probdefense.types import Inputs, Labels
 from probdefense.validation import check_count, check_labels
 

@@ -20,8 +20,8 @@ from probdefense.analysis.style import (
     percent,
     quiet,
 )
-from probdefense.intervals import wilson
-from probdefense.prediction import Prediction
+from probdefense.evaluation.intervals import wilson
+from probdefense.prediction.predictive import Prediction
 from probdefense.types import Inputs, Labels
 
 

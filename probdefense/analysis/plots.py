@@ -21,7 +21,7 @@ from probdefense.analysis.style import (
     percent,
     quiet,
 )
-from probdefense.report import Report, Row
+from probdefense.evaluation.report import Report, Row
 from probdefense.types import Labels
 
 

@@ -17,6 +17,7 @@ from probdefense.attacks.spsa import spsa
 from probdefense.attacks.square import square
 from probdefense.attacks.substitute import substitute
 from probdefense.attacks.suite import suite
+from probdefense.attacks.tools import diagnostics as diagnostics
 from probdefense.attacks.transfer import transfer
 from probdefense.attacks.worst_of import worst_of
 from probdefense.attacks.zoo import zoo

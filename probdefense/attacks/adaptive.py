@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from probdefense.attacks.border import attack as public_attack
-from probdefense.attacks.selection import Best, remaining_margin
-from probdefense.losses import expected_cross_entropy
+from probdefense.attacks.tools.border import attack as public_attack
+from probdefense.attacks.tools.selection import Best, remaining_margin
+from probdefense.logits.losses import expected_cross_entropy
+from probdefense.logits.rules import mean_prob
 from probdefense.progress import track
 from probdefense.rng import Stream, derive
-from probdefense.rules import mean_prob
 from probdefense.types import AdaptiveLogitsFn, Attack, Inputs, Labels, Logits, LogitsFn, Rule, Seed
 from probdefense.validation import check_member
 

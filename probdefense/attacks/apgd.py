@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.gradient import Gradient, input_gradient
-from probdefense.attacks.selection import Best, Goal, check_active_set, remaining_margin
-from probdefense.losses import expected_cross_entropy
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import Gradient, input_gradient
+from probdefense.attacks.tools.selection import Best, Goal, check_active_set, remaining_margin
+from probdefense.logits.losses import expected_cross_entropy
+from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball, per_example
 from probdefense.rng import Stream
-from probdefense.rules import mean_prob
 from probdefense.types import Inputs, Labels, LogitsFn, LossFn, Norm, Rule, Seed
 
 MOMENTUM = 0.75

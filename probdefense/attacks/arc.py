@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.gradient import input_gradient
-from probdefense.attacks.settle import surrogate
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.attacks.tools.settle import surrogate
+from probdefense.logits.rules import score_margin
 from probdefense.ops import Ball, lp_norm, per_example
 from probdefense.progress import track
-from probdefense.rules import score_margin
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, Norm, Seed
 
 DUAL = {1: math.inf, 2: 2, math.inf: 1}

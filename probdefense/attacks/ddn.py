@@ -10,13 +10,13 @@ $$ \epsilon_{t+1} = (1 \mp \gamma)\, \epsilon_t, \qquad
 
 import torch
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.gradient import input_gradient
-from probdefense.attacks.selection import Closest, Goal
-from probdefense.attacks.settle import settle, surrogate
-from probdefense.losses import predictive_log_odds
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.attacks.tools.selection import Closest, Goal
+from probdefense.attacks.tools.settle import settle, surrogate
+from probdefense.logits.losses import predictive_log_odds
+from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball, annealed, lp_norm, per_example
-from probdefense.rules import mean_prob
 from probdefense.types import Inputs, Labels, LogitsFn, LossFn, Rule, Seed
 
 

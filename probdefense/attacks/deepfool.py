@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.gradient import input_jacobian
-from probdefense.attacks.selection import Closest, Goal
-from probdefense.attacks.settle import settle, surrogate
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import input_jacobian
+from probdefense.attacks.tools.selection import Closest, Goal
+from probdefense.attacks.tools.settle import settle, surrogate
+from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball, lp_norm, movable, per_example
-from probdefense.rules import mean_prob
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, Norm, Rule, Seed
 
 

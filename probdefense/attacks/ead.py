@@ -12,12 +12,12 @@ from functools import partial
 
 from torch import Tensor
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.selection import Goal
-from probdefense.attacks.settle import settle, surrogate
-from probdefense.attacks.tradeoff import Descent, State, cheapest
-from probdefense.losses import predictive_margin
-from probdefense.rules import mean_prob
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.selection import Goal
+from probdefense.attacks.tools.settle import settle, surrogate
+from probdefense.attacks.tools.tradeoff import Descent, State, cheapest
+from probdefense.logits.losses import predictive_margin
+from probdefense.logits.rules import mean_prob
 from probdefense.types import Inputs, Labels, LogitsFn, LossFn, Rule, Seed
 
 

@@ -8,9 +8,9 @@ import math
 
 import torch
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.gradient import climb, input_gradient
-from probdefense.losses import expected_cross_entropy
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import climb, input_gradient
+from probdefense.logits.losses import expected_cross_entropy
 from probdefense.ops import Ball
 from probdefense.rng import Stream
 from probdefense.types import Inputs, Labels, LogitsFn, LossFn, Norm, Seed

@@ -15,14 +15,14 @@ import math
 import torch
 from torch import Tensor
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.queries import Queries, random_directions
-from probdefense.attacks.selection import Closest, Goal
-from probdefense.attacks.settle import settle
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.queries import Queries, random_directions
+from probdefense.attacks.tools.selection import Closest, Goal
+from probdefense.attacks.tools.settle import settle
+from probdefense.logits.rules import vote
 from probdefense.ops import Ball, lp_norm, per_example
 from probdefense.progress import track
 from probdefense.rng import Stream
-from probdefense.rules import vote
 from probdefense.types import Inputs, Labels, LogitsFn, Norm, Rule, Seed
 
 TRIALS = 50

@@ -16,13 +16,13 @@ import math
 import torch
 from torch import Tensor
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.gradient import input_gradient
-from probdefense.attacks.selection import Best, Goal, check_active_set, remaining_margin
-from probdefense.losses import expected_cross_entropy
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.attacks.tools.selection import Best, Goal, check_active_set, remaining_margin
+from probdefense.logits.losses import expected_cross_entropy
+from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball, lp_norm, per_example
 from probdefense.rng import Stream
-from probdefense.rules import mean_prob
 from probdefense.types import Inputs, Labels, LogitsFn, LossFn, Norm, Rule, Seed
 
 

@@ -10,9 +10,9 @@ $$ \hat g = \frac1n \sum_{k=1}^n \frac{\ell(x + h v_k) - \ell(x - h v_k)}{2 h} v
 
 import math
 
-from probdefense.attacks.adam import Adam
-from probdefense.attacks.border import attack
-from probdefense.attacks.queries import (
+from probdefense.attacks.tools.adam import Adam
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.queries import (
     PROBES,
     Queries,
     both_ways,
@@ -20,8 +20,8 @@ from probdefense.attacks.queries import (
     random_directions,
     slope_along,
 )
-from probdefense.attacks.selection import Goal
-from probdefense.losses import margin
+from probdefense.attacks.tools.selection import Goal
+from probdefense.logits.losses import margin
 from probdefense.ops import Ball
 from probdefense.progress import track
 from probdefense.rng import Stream

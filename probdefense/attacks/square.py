@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.queries import Queries
-from probdefense.attacks.selection import Goal
-from probdefense.losses import margin
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.queries import Queries
+from probdefense.attacks.tools.selection import Goal
+from probdefense.logits.losses import margin
 from probdefense.ops import Ball
 from probdefense.progress import track
 from probdefense.rng import Stream

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from probdefense.adapters import Static
-from probdefense.attacks.border import attack
-from probdefense.attacks.gradient import input_gradient
 from probdefense.attacks.pgd import pgd
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.logits.adapters import Static
+from probdefense.logits.rules import vote
 from probdefense.progress import track
 from probdefense.rng import Stream
-from probdefense.rules import vote
 from probdefense.types import Attack, Inputs, Labels, Logits, LogitsFn, Norm, Rule, Seed
 
 BATCH, LEARNING_RATE = 64, 3e-3

@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from probdefense.adapters import Samples, can_freeze
 from probdefense.attacks.apgd import apgd
-from probdefense.attacks.border import attack
 from probdefense.attacks.fmn import fmn
 from probdefense.attacks.pgd import pgd
-from probdefense.attacks.selection import SELECTION_DRAWS, Best, Goal
-from probdefense.attacks.settle import HALVINGS, HELD_OUT_DRAWS, STRIDES, held_out, surrogate
 from probdefense.attacks.square import square
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.selection import SELECTION_DRAWS, Best, Goal
+from probdefense.attacks.tools.settle import HALVINGS, HELD_OUT_DRAWS, STRIDES, held_out, surrogate
 from probdefense.attacks.transfer import transfer
 from probdefense.attacks.worst_of import run
-from probdefense.losses import dlr, predictive_margin
+from probdefense.logits.adapters import Samples, can_freeze
+from probdefense.logits.losses import dlr, predictive_margin
+from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball, lp_norm, per_example
 from probdefense.progress import track
 from probdefense.rng import Stream
-from probdefense.rules import mean_prob
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Rule, Seed
 
 TARGETS = 2

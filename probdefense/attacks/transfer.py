@@ -7,8 +7,8 @@ often breaks the defense. A defense that falls to transfer and not to its own gr
 
 from typing import Any
 
-from probdefense.adapters import as_logits_fn
 from probdefense.attacks.worst_of import made_of, run
+from probdefense.logits.adapters import as_logits_fn
 from probdefense.rng import Stream
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Seed
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from probdefense.attacks.border import attack
-from probdefense.attacks.selection import Best, Goal
-from probdefense.attacks.settle import held_out
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.selection import Best, Goal
+from probdefense.attacks.tools.settle import held_out
+from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball
 from probdefense.rng import Stream
-from probdefense.rules import mean_prob
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Rule, Seed
 
 

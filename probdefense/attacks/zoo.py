@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from probdefense.attacks.adam import Adam
-from probdefense.attacks.border import attack
-from probdefense.attacks.queries import PROBES, Queries, both_ways, fitted_width, slope_along
-from probdefense.attacks.selection import Closest, Goal
-from probdefense.attacks.settle import settle
-from probdefense.losses import predictive_margin
+from probdefense.attacks.tools.adam import Adam
+from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.queries import PROBES, Queries, both_ways, fitted_width, slope_along
+from probdefense.attacks.tools.selection import Closest, Goal
+from probdefense.attacks.tools.settle import settle
+from probdefense.logits.losses import predictive_margin
+from probdefense.logits.rules import mean_prob
 from probdefense.ops import per_example
 from probdefense.progress import track
 from probdefense.rng import Stream
-from probdefense.rules import mean_prob
 from probdefense.types import Inputs, Labels, LogitsFn, LossFn, Rule, Seed
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probdefense.adapters import Samples
 from probdefense.attacks.pgd import pgd
-from probdefense.comparison import paired
-from probdefense.drawing import draw_groups
+from probdefense.evaluation.comparison import paired
+from probdefense.logits.adapters import Samples
+from probdefense.logits.rules import verdicts
+from probdefense.prediction.drawing import draw_groups
 from probdefense.rng import derive
-from probdefense.rules import verdicts
 from probdefense.types import Attack, Inputs, Labels, Logits, LogitsFn, LossFn, Norm, Rule
 
 TOLERANCE = 0.03

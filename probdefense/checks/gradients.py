@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from probdefense.adapters import Samples, can_freeze
-from probdefense.attacks.gradient import climb, input_gradient
+from probdefense.attacks.tools.gradient import climb, input_gradient
 from probdefense.checks.bench import Bench, beyond, detached
 from probdefense.checks.results import Check, judged, skipped
-from probdefense.losses import margin
+from probdefense.logits.adapters import Samples, can_freeze
+from probdefense.logits.losses import margin
 from probdefense.ops import Ball
 from probdefense.rng import Stream, derive, forked
 from probdefense.types import LogitsFn, LossFn

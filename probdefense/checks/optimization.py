@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from probdefense.attacks.pgd import pgd
-from probdefense.attacks.selection import Best
+from probdefense.attacks.tools.selection import Best
 from probdefense.checks.bench import Bench, beyond
 from probdefense.checks.results import Check, judged, skipped
-from probdefense.rules import margins
+from probdefense.logits.rules import margins
 from probdefense.types import Inputs, Logits
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from probdefense.adapters import can_freeze
 from probdefense.checks.bench import Bench
 from probdefense.checks.results import Check, judged, skipped
-from probdefense.drawing import is_adaptive
+from probdefense.logits.adapters import can_freeze
+from probdefense.prediction.drawing import is_adaptive
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Logits, LogitsFn
 

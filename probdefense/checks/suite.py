@@ -3,16 +3,16 @@
 import math
 from typing import Any
 
-from probdefense.adapters import as_logits_fn
 from probdefense.checks.bench import Bench
 from probdefense.checks.comparisons import comparisons
 from probdefense.checks.gradients import gradients
 from probdefense.checks.optimization import optimization
 from probdefense.checks.outputs import answer, outputs
 from probdefense.checks.results import Checks
-from probdefense.losses import expected_cross_entropy
+from probdefense.logits.adapters import as_logits_fn
+from probdefense.logits.losses import expected_cross_entropy
+from probdefense.logits.rules import mean_prob
 from probdefense.rng import derive, forked
-from probdefense.rules import mean_prob
 from probdefense.types import Attack, Inputs, Labels, LossFn, Norm, Rule
 from probdefense.validation import check_count, check_inputs, check_labels, check_norm, check_positive
 

@@ -1,5 +1,6 @@
 """Builders: one paper, one file, one function from a network (or a Defense) to a Defense."""
 
+from probdefense.core.families import MultiplicativeLogNormal
 from probdefense.defenses.bayesian import bayesian, signal_to_noise
 from probdefense.defenses.brelu import brelu
 from probdefense.defenses.ensemble import ensemble
@@ -7,7 +8,6 @@ from probdefense.defenses.jump_relu import jump_relu, quantiles, surrogates, tun
 from probdefense.defenses.mc_dropout import mc_dropout
 from probdefense.defenses.pni import pni
 from probdefense.defenses.rse import rse
-from probdefense.families import MultiplicativeLogNormal
 
 __all__ = [
     "MultiplicativeLogNormal",

@@ -18,9 +18,9 @@ non-determinism: `signal_to_noise` shows it; a floor, a prior or an adversarial 
 import pyro.distributions as dist
 from torch import nn
 
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
+from probdefense.core.sites import Family, Prior, WeightSite, Where, flat_weights
 from probdefense.defenses.host import host
-from probdefense.sites import Family, Prior, WeightSite, Where, flat_weights
 from probdefense.validation import check_positive
 
 

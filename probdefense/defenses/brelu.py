@@ -7,7 +7,7 @@ the loss at $x + \Delta$, $\Delta \sim N(0, \sigma^2 I)$: ``gaussian_augmented(e
 
 from torch import nn
 
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
 from probdefense.defenses.host import host
 from probdefense.nn.brelu import BReLU
 from probdefense.nn.relus import after_relus

@@ -12,11 +12,11 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
-from probdefense.defense import Defense, deterministic
+from probdefense.core.defense import Defense, deterministic
+from probdefense.core.families import Fixed
+from probdefense.core.sites import MemberSite
 from probdefense.defenses.host import device_and_dtype
-from probdefense.families import Fixed
 from probdefense.nn.members import Members
-from probdefense.sites import MemberSite
 
 
 def ensemble(nets: Iterable[nn.Module], *, num_data: int | None = None) -> Defense:

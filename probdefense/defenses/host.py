@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from probdefense.defense import Defense
-from probdefense.sites import Site
+from probdefense.core.defense import Defense
+from probdefense.core.sites import Site
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
 from probdefense.defenses.host import device_and_dtype, host
+from probdefense.logits.rules import mean_prob
 from probdefense.nn.jump_relu import JumpReLU, MarginalJumpReLU, smoothed_jump
 from probdefense.nn.relus import FUNCTIONAL, after_relus
-from probdefense.rules import mean_prob
 from probdefense.types import Inputs, Labels, LogitsFn
 from probdefense.validation import check_inputs, check_positive
 

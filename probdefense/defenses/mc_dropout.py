@@ -7,7 +7,7 @@ weight decay; the prediction averages the probabilities of many masks.
 
 from torch import nn
 
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
 from probdefense.defenses.host import device_and_dtype, host
 from probdefense.nn.dropout import MaskedDropout
 from probdefense.nn.surgery import insert_after, insert_before, matching

@@ -13,12 +13,12 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
+from probdefense.core.families import Fixed
+from probdefense.core.sites import Site, WeightNoiseSite, WeightSite, tied_names, unused
 from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel
-from probdefense.families import Fixed
 from probdefense.nn.relative_noise import RelativeNoise, WeightNoise
 from probdefense.nn.surgery import insert_after, insert_before, matching
-from probdefense.sites import Site, WeightNoiseSite, WeightSite, tied_names, unused
 from probdefense.validation import check_member, check_positive
 
 

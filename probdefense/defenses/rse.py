@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
+from probdefense.core.families import Fixed, Spread
+from probdefense.core.sites import NoiseSite, Site, layer_name
 from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel
-from probdefense.families import Fixed, Spread
 from probdefense.nn.noise import Noise
 from probdefense.nn.passes import input_shapes
 from probdefense.nn.placeholder import placeholders
 from probdefense.nn.surgery import insert_at_input, insert_before, matching
-from probdefense.sites import NoiseSite, Site, layer_name
 from probdefense.types import Inputs
 from probdefense.validation import check_member, check_positive
 

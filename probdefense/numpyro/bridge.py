@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
-from probdefense.adapters import Samples
+from probdefense.logits.adapters import Samples
 from probdefense.types import Inputs, Logits
 from probdefense.validation import check_count
 

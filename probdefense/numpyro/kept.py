@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from probdefense.defense import Defense
-from probdefense.sites import WeightSite
+from probdefense.core.defense import Defense
+from probdefense.core.sites import WeightSite
 from probdefense.types import Inputs, Labels
 
 

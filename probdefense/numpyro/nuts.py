@@ -19,17 +19,17 @@ from pyro.infer import MCMC, NUTS
 from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor, nn
 
-from probdefense.defense import Defense
+from probdefense.core.defense import Defense
+from probdefense.core.replayed import own_params
+from probdefense.core.sites import WeightSite, join
 from probdefense.defenses.bayesian import bayesian
 from probdefense.defenses.host import host
-from probdefense.evaluation import evaluate, gather
+from probdefense.evaluation.protocol import evaluate, gather
+from probdefense.evaluation.report import Report
 from probdefense.numpyro.chains import run_chains
 from probdefense.numpyro.kept import with_kept
-from probdefense.prediction import predict
-from probdefense.replayed import own_params
-from probdefense.report import Report
+from probdefense.prediction.predictive import predict
 from probdefense.rng import derive, forked
-from probdefense.sites import WeightSite, join
 from probdefense.types import Attack, Inputs, Labels
 from probdefense.validation import check_count
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from probdefense.adapters import as_logits_fn
+from probdefense.logits.adapters import as_logits_fn
 from probdefense.objectives.elbo import weighted_kl
 from probdefense.ops import log_mean_exp
 from probdefense.types import Inputs, Labels, LogitsFn, Objective

@@ -1,0 +1,1 @@
+"""What attacks share: their border, gradients, selection draws, settling, queries, descents."""

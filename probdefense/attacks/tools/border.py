@@ -1,0 +1,152 @@
+"""The border that every attack shares: checks, keyed randomness, chunks, and a point in return.
+
+An attack body sees checked tensors, a `Stream` in place of ``seed`` and a whole chunk of examples; it
+returns points. It may not import Pyro, touch ``.grad``, change modes or the global random state, or
+decide success.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probdefense.logits.adapters import Counted, as_logits_fn
+from probdefense.rng import Stream, forked
+from probdefense.types import Inputs, Labels, Logits, LogitsFn
+from probdefense.validation import (
+    check_classes,
+    check_count,
+    check_eps,
+    check_inputs,
+    check_labels,
+    check_logits,
+    check_norm,
+    check_positive,
+)
+
+POSITIVE = ("step_size", "learning_rate", "h", "sigma", "init_eps", "init_c", "c")
+NOT_NEGATIVE = ("momentum", "alpha", "beta", "confidence", "overshoot")
+
+
+def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
+    """Turns the body of an attack into the public function.
+
+    The public function accepts what the body declares, and also ``generator=`` as another word for
+    ``seed=``. With a seed it runs in a forked random state; ``max_batch`` splits the examples.
+    """
+    signature = inspect.signature(body)
+
+    @functools.wraps(body)
+    def public(
+        logits_fn: LogitsFn,
+        x: Inputs,
+        y: Labels,
+        *,
+        seed: Any = None,
+        generator: torch.Generator | None = None,
+        max_batch: int | None = None,
+        **options: Any,
+    ) -> Inputs:
+        inspect.signature(public).bind(logits_fn, x, y, **options)
+        logits_fn = as_logits_fn(logits_fn)
+        check_inputs(x)
+        check_labels(y, len(x))
+        _check_options(options, y)
+        seed = generator if seed is None else seed
+        logits_fn = _Guarded(
+            logits_fn, y if options.get("target") is None else torch.max(y, options["target"])
+        )
+        x, stream = x.detach(), Stream.of(seed, x)
+        x_adv = torch.empty_like(x)
+        with forked(None if seed is None else stream.seed(), x.device):
+            for rows in _chunks(len(x), max_batch):
+                part = {name: _rows(value, rows, len(x)) for name, value in options.items()}
+                x_adv[rows] = body(logits_fn, x[rows], y[rows], seed=stream.take(rows), **part).detach()
+        return _checked(x_adv, body.__name__)
+
+    public.__signature__ = signature  # type: ignore[attr-defined]
+    public.is_attack = True  # type: ignore[attr-defined]
+    return public
+
+
+class _Guarded:
+    """The function under attack; its answers are checked, the first one also for its classes."""
+
+    def __init__(self, logits_fn: LogitsFn, highest: Tensor):
+        self.logits_fn, self.highest, self.seen = logits_fn, highest, False
+
+    @property
+    def stochastic(self) -> bool:
+        return self.logits_fn.stochastic
+
+    def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
+        logits = self.logits_fn(x, num_samples)
+        check_logits(logits, len(x))
+        if not self.seen:
+            self.seen = True
+            check_classes(self.highest, logits.shape[-1])
+            _warn_of_probabilities(logits.detach())
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.logits_fn, name)
+        if name not in Counted.DERIVED or not inspect.isroutine(value):
+            return value
+        return lambda *args, **kwargs: _Guarded(value(*args, **kwargs), self.highest)
+
+
+def _warn_of_probabilities(logits: Logits) -> None:
+    low, high = torch.aminmax(logits)
+    if low >= 0 and high <= 1 and bool(((logits.sum(-1) - 1).abs() < 1e-4).all()):
+        warnings.warn(
+            "the answers look like probabilities; expected logits or log-probabilities, because a second "
+            "softmax flattens the loss and weakens every attack: return the logits",
+            stacklevel=4,
+        )
+
+
+def _check_options(options: dict[str, Any], y: Labels) -> None:
+    """Checks settings by name: a name means the same in every attack."""
+    for name, value in options.items():
+        if name == "eps":
+            check_eps(value, len(y))
+        elif name == "norm":
+            check_norm(value)
+        elif name == "target" and value is not None:
+            check_labels(value, len(y), "target")
+            if bool((value == y).any()):
+                raise ValueError("expected target labels other than y, got some that are equal")
+        elif name.startswith("num_") or name in ("repeats", "max_queries", "budget"):
+            if value is not None:
+                check_count(name, value)
+        elif name in POSITIVE and value is not None:
+            check_positive(name, value)
+        elif name in NOT_NEGATIVE and value is not None:
+            check_positive(name, value, zero=True)
+        elif name == "gamma" and not 0 < value < 1:
+            raise ValueError(f"expected 0 < gamma < 1, got {value}")
+
+
+def _chunks(total: int, size: int | None) -> list[slice]:
+    if size is None:
+        return [slice(0, total)]
+    check_count("max_batch", size)
+    return [slice(start, start + size) for start in range(0, total, size)]
+
+
+def _rows(value: Any, rows: slice, total: int) -> Any:
+    """The chunk's part of a setting that is given per example; anything else whole."""
+    if isinstance(value, Tensor) and value.dim() >= 1 and len(value) == total:
+        return value[rows]
+    return value
+
+
+def _checked(x_adv: Inputs, name: str) -> Inputs:
+    if not bool(torch.isfinite(x_adv).all()):
+        bad = (~torch.isfinite(x_adv)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise FloatingPointError(f"{name} produced NaN or infinite pixels for examples {bad[:10]}")
+    return x_adv

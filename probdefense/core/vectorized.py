@@ -1,0 +1,234 @@
+"""How a defense made of sites draws: values first, then the network as a pure function of them.
+
+The value of a global site carries a leading draw axis ``(draws, D)``; that of a local site
+``(draws, rows, *event)``, where rows is the batch or 1 (shared by the batch).
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from probdefense.core.families import divergence
+from probdefense.core.programs import Guide, Model, block
+from probdefense.core.sites import MemberSite
+from probdefense.nn.passes import held_still
+from probdefense.ops import log_mean_exp
+from probdefense.rng import derive, forked, hash_keys, reseed
+from probdefense.types import Draws, Inputs, Labels, Step
+from probdefense.validation import check_classes
+
+ROWS = 128
+"""Images per forward pass: larger passes fall out of the cache and cost 2-3 times more per image."""
+
+VMAP_ROWS = 4
+"""Up to this batch size the overhead of one call per weight draw exceeds its arithmetic."""
+
+KEYED_ELEMENTS = 2**25
+"""How many noise elements a keyed draw may hold at once."""
+
+
+class Vectorized:
+    """The drawing strategy for our own model and guide."""
+
+    def __init__(self, model: Model, guide: Guide):
+        self.model, self.guide = model, guide
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether anything is random."""
+        return bool(self.model.sites)
+
+    def logits(self, x: Inputs, num_samples: int, chunk_size: int | None, backend: str) -> Tensor:
+        """Logits of fresh draws, ``(samples, batch, classes)``."""
+        rows = chunk_size or ROWS
+        if not self.stochastic and len(x) <= rows:
+            return self.at(x, {})
+        size = self._draws_at_once(len(x), rows, backend)
+        members = {site.name: site.draw((num_samples, site.size)) for site in self._branching}
+        parts = []
+        for start in range(0, num_samples, size):
+            count = min(size, num_samples - start)
+            chosen = {name: value[start : start + count] for name, value in members.items()}
+            weights = self._draw_global(count) | chosen
+            blocks = [
+                self._run(part, weights, self._draw_local(part, (count, len(part)))) for part in x.split(rows)
+            ]
+            parts.append(torch.cat(blocks, dim=1))
+        return torch.cat(parts)
+
+    def freeze(self, num_samples: int, seed: int, ids: Tensor | None = None) -> "Frozen":
+        """`num_samples` functions: weights drawn now, noise whenever a new event shape comes."""
+        device = _device(self.model)
+        with torch.no_grad(), forked(derive(seed, "weights"), device):
+            weights = self._draw_global(num_samples)
+        net = self.model.net
+        state = {n: v.detach().clone() for n, v in [*net.named_parameters(), *net.named_buffers()]}
+        return Frozen(self, num_samples, weights, seed, ids, state)
+
+    def step(self, x: Inputs, y: Labels, draws: Draws | None) -> Step:
+        """One training forward: fresh draws (or the given ones), log-likelihood and KL by site.
+
+        A choice of member that the draws leave open is enumerated, so that every member is trained:
+        the log-likelihood is the mean over members, the logits are their log mean probability.
+        """
+        branching = {site.name for site in self._branching}
+        values = {n: v for n, v in self.draw(x).items() if n not in branching} if draws is None else draws
+        logits = torch.stack([self.model.logits(x, case, still=False) for case in self._cases(values)])
+        check_classes(y, logits.shape[-1])
+        log_probs = logits.log_softmax(-1)
+        log_lik = log_probs.gather(-1, y.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).mean(0)
+        mixed = logits[0] if len(logits) == 1 else log_mean_exp(log_probs)
+        return Step(mixed, log_lik, self._kl(x, values), values)
+
+    def draw(self, x: Inputs) -> Draws:
+        """One joint draw of all sites for a batch, differentiable in the guide's parameters."""
+        values = {name: value[0] for name, value in self._draw_global(1).items()}
+        return values | {name: value[0] for name, value in self._draw_local(x, (1, len(x))).items()}
+
+    def at(self, x: Inputs, draws: Draws) -> Tensor:
+        """Logits at one given draw, ``(1, batch, classes)``."""
+        return self.model.logits(x, draws).unsqueeze(0)
+
+    def mean(self, x: Inputs) -> Tensor:
+        """Logits at the posterior means with every local site neutral, ``(1, batch, classes)``."""
+        values = {site.name: site.center() for site in self.model.global_sites}
+        neutral = {use.name: self.model.net.get_buffer(use.buffer) for use in self.model.uses(x)}
+        return self.model.logits(x, values | neutral).unsqueeze(0)
+
+    @property
+    def _branching(self) -> list[MemberSite]:
+        return [site for site in self.model.global_sites if isinstance(site, MemberSite)]
+
+    def _cases(self, values: Draws) -> list[Draws]:
+        """The values completed by every choice of members that they leave open."""
+        left = [site for site in self._branching if site.name not in values]
+        choices = itertools.product(*([torch.tensor([k]) for k in range(site.count)] for site in left))
+        return [values | {site.name: k for site, k in zip(left, ks, strict=True)} for ks in choices]
+
+    def _kl(self, x: Inputs, values: Draws) -> dict[str, Tensor]:
+        """Nats for the whole data set, by site; sites whose posterior is their prior have none."""
+        kl: dict[str, Tensor] = {}
+        for site in self.model.global_sites:
+            if site.posterior is not None and site.prior is not None:
+                q, p = site.distribution("posterior"), site.distribution("prior")
+                kl[site.name] = divergence(q, p, values[site.name], site.name)
+        scale = max(self.model.num_data or 0, len(x)) / len(x)
+        for use in self.model.uses(x):
+            if use.site.posterior is not None and use.site.prior is not None:
+                q, p = (block(use, side, (len(x),)).base_dist for side in ("posterior", "prior"))
+                kl[use.name] = scale * divergence(q, p, values[use.name], use.name)
+        return kl
+
+    def _draws_at_once(self, batch: int, rows: int, backend: str) -> int:
+        """How many draws share a forward pass."""
+        if self._branching:
+            return 1
+        folded = max(1, rows // batch)
+        if not self.model.global_sites:
+            return 1 if backend == "loop" else folded
+        if backend == "vmap" or (backend == "auto" and batch <= VMAP_ROWS):
+            return folded
+        return 1
+
+    def _draw_global(self, count: int) -> dict[str, Tensor]:
+        return {site.name: site.draw((count, site.size)) for site in self.model.global_sites}
+
+    def _draw_local(self, x: Inputs, rows: tuple[int, int]) -> dict[str, Tensor]:
+        return {use.name: use.site.draw((*rows, *use.shape)) for use in self.model.uses(x)}
+
+    def _run(self, x: Inputs, weights: Draws, noise: Draws, state: dict[str, Tensor] | None = None) -> Tensor:
+        """Logits for stacked values, ``(draws, batch, classes)``: folded, or vmapped over weights."""
+        stacked = next(iter({**weights, **noise}.values()), None)
+        count = 1 if stacked is None else len(stacked)
+        if weights and count > 1:
+
+            def one(values: Draws) -> Tensor:
+                return self.model.logits(x, values, state=state)
+
+            with held_still(self.model.net):
+                return vmap(one)({**weights, **noise})
+        rows = {
+            name: value.expand(count, len(x), *value.shape[2:]).flatten(0, 1) if count > 1 else value[0]
+            for name, value in noise.items()
+        }
+        folded = x if count == 1 else x.expand(count, *x.shape).flatten(0, 1)
+        values = rows | {name: value[0] for name, value in weights.items()}
+        return self.model.logits(folded, values, state=state).unflatten(0, (count, len(x)))
+
+
+@dataclass
+class Frozen:
+    """`num_samples` fixed functions of the input: any batch size, any subset, the same answers.
+
+    Noise is drawn from a stored seed once per draw and event shape and shared by the batch; with
+    `ids` it is drawn once per draw and example id instead.
+    """
+
+    engine: Vectorized
+    num_samples: int
+    weights: Draws
+    seed: int
+    ids: Tensor | None
+    state: dict[str, Tensor]
+    noise: dict[tuple[int, ...], Draws] = field(default_factory=dict)
+
+    stochastic = False
+
+    def __call__(self, x: Inputs, num_samples: int | None = None) -> Tensor:
+        """Logits of every member, ``(num_samples, batch, classes)``; the count is fixed."""
+        if self.ids is not None and len(x) != len(self.ids):
+            raise ValueError(f"expected the {len(self.ids)} examples of the given ids, got {len(x)}")
+        return torch.cat([self._part(x[rows], rows) for rows in self._row_chunks(x)], dim=1)
+
+    def freeze(self, num_samples: int | None = None) -> "Frozen":
+        """Itself: it is frozen already."""
+        return self
+
+    def _part(self, x: Inputs, rows: slice) -> Tensor:
+        noise = self._shared(x) if self.ids is None else self._keyed(x, self.ids[rows])
+        size = self.engine._draws_at_once(len(x), ROWS, "auto")
+        parts, start = [], 0
+        for count in _chunks(self.num_samples, size):
+            piece = slice(start, start + count)
+            weights = {name: value[piece] for name, value in self.weights.items()}
+            eps = {name: value[piece] for name, value in noise.items()}
+            parts.append(self.engine._run(x, weights, eps, self.state))
+            start += count
+        return torch.cat(parts)
+
+    def _row_chunks(self, x: Inputs) -> Iterator[slice]:
+        size = ROWS
+        if self.ids is not None:
+            elements = sum(use.shape.numel() for use in self.engine.model.uses(x)) or 1
+            size = max(1, min(ROWS, KEYED_ELEMENTS // (elements * self.num_samples)))
+        for start in range(0, len(x), size):
+            yield slice(start, start + size)
+
+    def _shared(self, x: Inputs) -> Draws:
+        key = tuple(x.shape[1:])
+        if key not in self.noise:
+            with torch.no_grad(), forked(derive(self.seed, "noise"), x.device):
+                self.noise[key] = self.engine._draw_local(x, (self.num_samples, 1))
+        return self.noise[key]
+
+    def _keyed(self, x: Inputs, ids: Tensor) -> Draws:
+        columns = []
+        with torch.no_grad(), forked(0, x.device):
+            for key in hash_keys(self.seed, ids).tolist():
+                reseed(key, x.device)
+                columns.append(self.engine._draw_local(x, (self.num_samples, 1)))
+        return {name: torch.cat([c[name] for c in columns], dim=1) for name in columns[0]}
+
+
+def _chunks(total: int, size: int) -> Iterator[int]:
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def _device(module: nn.Module) -> torch.device:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

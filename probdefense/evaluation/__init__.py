@@ -1,0 +1,19 @@
+"""Numbers that can be trusted: the protocol of a verdict, reports, intervals, comparisons, certificates."""
+
+from probdefense.evaluation import calibration
+from probdefense.evaluation.certification import Certificate, certify
+from probdefense.evaluation.comparison import Comparison, compare, compare_all
+from probdefense.evaluation.protocol import evaluate, with_draws
+from probdefense.evaluation.report import Report
+
+__all__ = [
+    "Certificate",
+    "Comparison",
+    "Report",
+    "calibration",
+    "certify",
+    "compare",
+    "compare_all",
+    "evaluate",
+    "with_draws",
+]

@@ -1,0 +1,221 @@
+r"""What an attacker climbs: logits ``(samples, batch, classes)`` and labels to one loss per example.
+
+Expectation over transformation is the sample axis: a loss says how it is averaged. All are in log
+space and unchanged by a constant added to the logits. Larger means closer to an error.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+from probdefense.logits.rules import mean_prob, score_margin
+from probdefense.ops import log_mean_exp
+from probdefense.types import Labels, Logits
+
+
+def expected_cross_entropy(logits: Logits, y: Labels) -> Tensor:
+    r"""Cross-entropy averaged over draws, $-\frac1S \sum_s \log \mathrm{softmax}(z_s)_y$.
+
+    This is the usual expectation over transformation; by Jensen it is at least
+    `predictive_cross_entropy`.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        Nats per example, ``(batch,)``.
+
+    References:
+        Athalye et al., 2018, [Synthesizing Robust Adversarial Examples](https://arxiv.org/abs/1707.07397)
+
+    Examples:
+        >>> expected_cross_entropy(torch.zeros(2, 1, 2), torch.tensor([1]))
+        tensor([0.6931])
+    """
+    rows = cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)), reduction="none")
+    return rows.view(logits.shape[:2]).mean(0)
+
+
+def predictive_cross_entropy(logits: Logits, y: Labels) -> Tensor:
+    r"""Cross-entropy of the mean probability, $-\log \frac1S \sum_s \mathrm{softmax}(z_s)_y$.
+
+    It matches the rule `mean_prob`. Computed as a log-sum-exp, so it stays finite where averaged
+    probabilities underflow.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        Nats per example, ``(batch,)``.
+
+    References:
+        Salman et al., 2019, [Provably Robust Deep Learning via Adversarially Trained Smoothed
+        Classifiers](https://arxiv.org/abs/1906.04584)
+
+    Examples:
+        >>> predictive_cross_entropy(torch.tensor([[[0.0, 400.0]], [[0.0, 200.0]]]), torch.tensor([0]))
+        tensor([200.6931])
+    """
+    return -log_mean_exp(_at(logits.log_softmax(-1), y))
+
+
+def margin(logits: Logits, y: Labels) -> Tensor:
+    r"""Logit margin averaged over draws, $\frac1S \sum_s (\max_{j \ne y} z_{s,j} - z_{s,y})$.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, in logits.
+
+    References:
+        Carlini and Wagner, 2017, [Towards Evaluating the Robustness of Neural
+        Networks](https://arxiv.org/abs/1608.04644)
+
+    Examples:
+        >>> margin(torch.tensor([[[3.0, 1.0, 0.0]]]), torch.tensor([0]))
+        tensor([-2.])
+    """
+    return -score_margin(logits, y).mean(0)
+
+
+def predictive_margin(logits: Logits, y: Labels) -> Tensor:
+    r"""Margin of the mean probability, $\max_{j \ne y} \log \bar p_j - \log \bar p_y$.
+
+    Positive exactly where the rule `mean_prob` errs.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, in nats.
+
+    References:
+        Carlini and Wagner, 2017, [Towards Evaluating the Robustness of Neural
+        Networks](https://arxiv.org/abs/1608.04644)
+
+    Examples:
+        >>> predictive_margin(torch.tensor([[[3.0, 1.0, 0.0]]]), torch.tensor([0]))
+        tensor([-2.])
+    """
+    return -score_margin(mean_prob(logits), y)
+
+
+def predictive_log_odds(logits: Logits, y: Labels) -> Tensor:
+    r"""Odds against the label by the mean probability, $\log (1 - \bar p_y) - \log \bar p_y$.
+
+    Its gradient has the direction of that of `predictive_cross_entropy` and never dies out: where a
+    network is so sure that $\bar p_y$ rounds to 1, the cross-entropy is flat and the odds are not.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, in nats; positive where the label has less than half of the probability.
+
+    Examples:
+        >>> predictive_log_odds(torch.tensor([[[90.0, 0.0]]]), torch.tensor([0]))
+        tensor([-90.])
+    """
+    log_probs = mean_prob(logits)
+    truth = one_hot(y, logits.shape[-1]).bool()
+    return log_probs.masked_fill(truth, -torch.inf).logsumexp(-1) - _at(log_probs, y)
+
+
+def dlr(logits: Logits, y: Labels) -> Tensor:
+    r"""Difference of logits ratio, averaged over draws.
+
+    $$ -\frac{z_y - \max_{j \ne y} z_j}{z_{\pi_1} - z_{\pi_3}} $$
+
+    Unchanged by shifting or scaling the logits. With two classes there is no third and the ratio would be
+    constant; there it is the `margin`.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, without unit.
+
+    References:
+        Croce and Hein, 2020, [Reliable evaluation of adversarial robustness with an ensemble of
+        diverse parameter-free attacks](https://arxiv.org/abs/2003.01690)
+
+    Examples:
+        >>> dlr(torch.tensor([[[3.0, 1.0, -1.0]]]), torch.tensor([0]))
+        tensor([-0.5000])
+    """
+    if logits.shape[-1] < 3:
+        return margin(logits, y)
+    ranked = logits.topk(3, dim=-1).values
+    spread = (ranked[..., 0] - ranked[..., -1]).clamp_min(1e-12)
+    return -(score_margin(logits, y) / spread).mean(0)
+
+
+def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Tensor:
+    r"""The form of `dlr` that aims for a class, averaged over draws.
+
+    $$ \frac{z_t - z_y}{z_{\pi_1} - \frac12 (z_{\pi_3} + z_{\pi_4})} $$
+
+    Attacks with a ``target`` climb it when their loss is `dlr`. With three classes the third stands in
+    for the fourth, with two it is the `margin`.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+        target: Classes wanted, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, without unit.
+
+    References:
+        Croce and Hein, 2020, [Reliable evaluation of adversarial robustness with an ensemble of
+        diverse parameter-free attacks](https://arxiv.org/abs/2003.01690)
+
+    Examples:
+        >>> targeted_dlr(torch.tensor([[[3.0, 1.0, 0.0, -2.0]]]), torch.tensor([0]), torch.tensor([1]))
+        tensor([-0.5000])
+    """
+    if logits.shape[-1] < 3:
+        return margin(logits, y)
+    ranked = logits.topk(min(4, logits.shape[-1]), dim=-1).values
+    spread = (ranked[..., 0] - ranked[..., 2:].mean(-1)).clamp_min(1e-12)
+    return ((_at(logits, target) - _at(logits, y)) / spread).mean(0)
+
+
+dlr.toward = targeted_dlr  # type: ignore[attr-defined]
+
+
+def vote_margin(logits: Logits, y: Labels) -> Tensor:
+    r"""Smooth surrogate of the vote, $\frac1S \sum_s \tanh(\frac12 (\max_{j \ne y} z_{s,j} - z_{s,y}))$.
+
+    Every draw counts at most one vote, so the climb goes where votes can still change. It matches
+    the rules `vote` and `single_draw`.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, in (-1, 1).
+
+    References:
+        Dbouk and Shanbhag, 2022, [Adversarial Vulnerability of Randomized
+        Ensembles](https://arxiv.org/abs/2206.06737), for why averaged margins fail for votes.
+
+    Examples:
+        >>> vote_margin(torch.tensor([[[0.0, 100.0]], [[100.0, 0.0]]]), torch.tensor([0]))
+        tensor([0.])
+    """
+    return torch.tanh(-score_margin(logits, y) / 2).mean(0)
+
+
+def _at(scores: Tensor, y: Labels) -> Tensor:
+    """The column of the label, ``(samples, batch, classes) -> (samples, batch)``."""
+    index = y.expand(scores.shape[:-1]).unsqueeze(-1)
+    return scores.gather(-1, index).squeeze(-1)

@@ -1,0 +1,111 @@
+"""Draws for verdicts: keyed by (seed, example), the same for clean inputs and every attack.
+
+A `Defense` draws noise for each example's position and weights for all; a function that can freeze
+shares its draws; a bare callable is seeded anew for every fixed chunk of examples; a defense that
+adapts at test time is replayed from the state it was found in, with seeds that no attack has seen.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probdefense.logits.adapters import can_freeze
+from probdefense.rng import derive, forked
+from probdefense.types import Inputs, Logits, LogitsFn
+from probdefense.validation import check_logits
+
+BLOCK = 10
+"""Draws at a time; fixed, because it decides which numbers a seed stands for."""
+
+ROWS = 256
+"""Examples at a time where draws cannot be keyed to examples; fixed for the same reason."""
+
+REPLAYS = 3
+"""How often a defense that adapts goes through the inputs."""
+
+
+def draw_groups(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int) -> list[Logits]:
+    """Logits in groups that are judged apart: one of all draws, or one per replay of an adaptive defense.
+
+    Args:
+        logits_fn: What is judged.
+        x: ``(batch, *event)``, in stream order.
+        num_samples: Draws, per replay for an adaptive defense that takes the number.
+        seed: Of the draws.
+
+    Returns:
+        Groups ``(samples, batch, classes)``, detached.
+    """
+    if is_adaptive(logits_fn):
+        return [_checked(logits, x) for logits in _replayed(logits_fn, x, num_samples, seed)]
+    return [draw_keyed(logits_fn, x, num_samples, seed)]
+
+
+def draw_keyed(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int) -> Logits:
+    """Logits of draws that depend on (seed, example) alone, ``(samples, batch, classes)``."""
+    with torch.no_grad():
+        if not logits_fn.stochastic:
+            return _checked(torch.cat([logits_fn(part) for part in x.split(ROWS)], dim=1), x)
+        blocks = []
+        for start in range(0, num_samples, BLOCK):
+            count, key = min(BLOCK, num_samples - start), derive(seed, start)
+            if hasattr(logits_fn, "keyed"):
+                ids = torch.arange(len(x), device=x.device)
+                blocks.append(logits_fn.keyed(key, ids, count)(x))
+            elif can_freeze(logits_fn):
+                with forked(key, x.device):
+                    frozen = logits_fn.freeze(count)
+                blocks.append(torch.cat([frozen(part) for part in x.split(ROWS)], dim=1))
+            else:
+                blocks.append(_in_seeded_chunks(logits_fn, x, count, key))
+        return _checked(torch.cat(blocks), x)
+
+
+def draws_kind(logits_fn: LogitsFn) -> str:
+    """``"none"`` without randomness, ``"shared"`` if a draw is common to all examples, or ``"independent"``.
+
+    Shared draws make the errors of examples correlated. So does adaptation, which carries a state.
+    """
+    if is_adaptive(logits_fn):
+        return "shared"
+    if not logits_fn.stochastic:
+        return "none"
+    return "shared" if getattr(logits_fn, "shares_draws", can_freeze(logits_fn)) else "independent"
+
+
+def is_adaptive(logits_fn: Any) -> bool:
+    """Whether the function adapts at test time: it can ``respond``, tell its ``state`` and ``restore``."""
+    return all(callable(getattr(logits_fn, name, None)) for name in ("respond", "state", "restore"))
+
+
+def _replayed(adaptive: Any, x: Inputs, num_samples: int, seed: int) -> Iterator[Logits]:
+    """The answers of every replay; the state found is there again afterwards."""
+    takes_count = adaptive.stochastic and "num_samples" in inspect.signature(adaptive.respond).parameters
+    options = {"num_samples": num_samples} if takes_count else {}
+    found = adaptive.state()
+    try:
+        for replay in range(REPLAYS):
+            adaptive.restore(found)
+            yield adaptive.respond(x, seed=derive(seed, "replay", replay), **options).detach()
+    finally:
+        adaptive.restore(found)
+
+
+def _in_seeded_chunks(logits_fn: LogitsFn, x: Inputs, count: int, key: int) -> Logits:
+    """For functions that cannot freeze: the same chunks and seeds for every set of points."""
+    parts = []
+    for number, part in enumerate(x.split(ROWS)):
+        with forked(derive(key, number), x.device):
+            rows: list[Tensor] = []
+            while sum(len(r) for r in rows) < count:  # such a function may answer with any number
+                rows.append(logits_fn(part, count))
+            parts.append(torch.cat(rows)[:count])
+    return torch.cat(parts, dim=1)
+
+
+def _checked(logits: Logits, x: Inputs) -> Logits:
+    check_logits(logits, len(x))
+    return logits

@@ -1,0 +1,142 @@
+r"""The posterior predictive and its uncertainty, in log space.
+
+$$ p(y|x) = \frac1S \sum_s \mathrm{softmax}(z_s), \qquad
+   \underbrace{H[p]}_{\text{total}} = \underbrace{\tfrac1S \sum_s H[p_s]}_{\text{expected}} +
+   \underbrace{I(y; \theta)}_{\text{mutual information}} $$
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probdefense.logits.adapters import as_logits_fn, can_freeze
+from probdefense.logits.rules import mean_prob
+from probdefense.ops import entropy
+from probdefense.prediction.sequential import settle
+from probdefense.rng import forked
+from probdefense.types import Inputs, Logits, LogitsFn
+from probdefense.validation import check_count, check_inputs, check_logits, check_share
+
+
+@dataclass(frozen=True, repr=False)
+class Prediction:
+    """The posterior predictive of a batch.
+
+    Attributes:
+        log_probs: Log of the mean probability, ``(batch, classes)``.
+        expected_entropy: Mean entropy of the draws, nats, ``(batch,)``.
+        num_samples: Draws behind it, one number or one per example ``(batch,)``.
+        decided: The settled label, or -1 for an abstention, ``(batch,)``; None where a fixed number of
+            draws decided.
+    """
+
+    log_probs: Tensor
+    expected_entropy: Tensor
+    num_samples: int | Tensor
+    decided: Tensor | None = None
+
+    def __repr__(self) -> str:
+        draws = torch.as_tensor(self.num_samples, dtype=torch.float32).mean().item()
+        means = {"predictive entropy": self.predictive_entropy, "mutual information": self.mutual_information}
+        numbers = ", ".join(f"{name} {float(value.detach().mean()):.3f}" for name, value in means.items())
+        size = "{} inputs, {} classes".format(*self.log_probs.shape)
+        return (
+            f"Prediction of {size}, {draws:g} draws: {numbers} nats (means), "
+            f"settled {100 * float(self.settled.float().mean()):.0f} %"
+        )
+
+    @property
+    def probs(self) -> Tensor:
+        """Mean probabilities, ``(batch, classes)``."""
+        return self.log_probs.exp()
+
+    @property
+    def label(self) -> Tensor:
+        """The most probable class, or the settled one and -1 for an abstention, ``(batch,)``."""
+        return self.log_probs.argmax(-1) if self.decided is None else self.decided
+
+    @property
+    def settled(self) -> Tensor:
+        """Whether there is a label: everywhere, unless draws were sequential, bool ``(batch,)``."""
+        return self.label >= 0
+
+    @property
+    def predictive_entropy(self) -> Tensor:
+        """Entropy of the mean probability (total uncertainty), nats, ``(batch,)``."""
+        return entropy(self.log_probs)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """What the draws disagree about (epistemic uncertainty), nats, ``(batch,)``, at least 0."""
+        return (self.predictive_entropy - self.expected_entropy).clamp_min(0.0)
+
+
+def predict(
+    logits_fn: LogitsFn,
+    x: Inputs,
+    num_samples: int = 50,
+    *,
+    alpha: float | None = None,
+    seed: int | None = None,
+) -> Prediction:
+    r"""Averages the probabilities of draws: the prediction of an ensemble.
+
+    The draws are common to the batch (weights and noise are drawn once per sample), which costs
+    little more than the forward passes and leaves every example's own prediction as it would be.
+
+    With `alpha` the ensemble is sequential: every example draws until its label is settled and abstains
+    if `num_samples` draws do not settle it. A settled label differs from that of infinitely many draws
+    with probability at most `alpha`, for every example. A bet can at most double per draw, so nothing
+    settles before $1 + \log(1/\alpha) / \log 1.95$ draws: 6 at 0.05, 12 at 0.001.
+
+    Args:
+        logits_fn: A `Defense` or any `LogitsFn`.
+        x: ``(batch, *event)`` in [0, 1].
+        num_samples: Draws, at most if sequential; a function without randomness gives the one that it
+            has, and is settled by it.
+        alpha: The chance of a wrong settled label; None for a fixed number of draws.
+        seed: Of the draws; torch's global state by default.
+
+    Returns:
+        A `Prediction`; with `alpha` its ``label`` is -1 where it is not ``settled``, and its
+        ``num_samples`` is per example.
+
+    Raises:
+        ValueError: bad inputs, `num_samples` below 1, or `alpha` outside (0, 1).
+
+    References:
+        Liu et al., 2018, [Towards Robust Neural Networks via Random
+        Self-ensemble](https://arxiv.org/abs/1712.00673); Waudby-Smith and Ramdas, 2024, [Estimating Means
+        of Bounded Random Variables by Betting](https://arxiv.org/abs/2010.09686)
+
+    Examples:
+        >>> import probdefense as pd
+        >>> defense = pd.defenses.rse(pd.models.small_cnn(), sigma_init=0.01, sigma_inner=0.01)
+        >>> predict(defense, torch.rand(3, 1, 8, 8)).probs.shape
+        torch.Size([3, 10])
+        >>> sequential = predict(defense, torch.rand(3, 1, 8, 8), 20, alpha=0.05)
+        >>> bool((sequential.num_samples <= 20).all())
+        True
+    """
+    check_count("num_samples", num_samples)
+    check_inputs(x)
+    if alpha is not None:
+        check_share("alpha", alpha)
+    logits_fn = as_logits_fn(logits_fn)
+    with torch.no_grad(), forked(seed, x.device):
+        if alpha is not None and logits_fn.stochastic:
+            race = settle(logits_fn, x, alpha, num_samples)
+            total, count = race.log_total, race.num_samples
+            log_probs = total - count.to(total.dtype).log().unsqueeze(1)
+            return Prediction(log_probs, race.entropy / count, count, race.label)
+        logits = draw_logits(logits_fn, x, num_samples)
+    return Prediction(mean_prob(logits), entropy(logits.log_softmax(-1)).mean(0), len(logits))
+
+
+def draw_logits(logits_fn: LogitsFn, x: Inputs, num_samples: int) -> Logits:
+    """Logits of draws common to the batch where the function can freeze, of fresh ones elsewhere."""
+    source = logits_fn.freeze(num_samples) if logits_fn.stochastic and can_freeze(logits_fn) else logits_fn
+    logits = source(x, num_samples)
+    check_logits(logits, len(x))
+    return logits

@@ -1,0 +1,127 @@
+"""The ``probdefense`` command: a thin face over the library.
+
+Exit codes: 0 done, 2 bad request (one sentence on stderr, nothing written), 130 interrupted.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Adversarial defenses as probabilistic programs: train, attack, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@app.command()
+def compare(
+    defenses: Annotated[
+        str, typer.Option(help="Comma-separated names, or 'all'; see 'probdefense list'.")
+    ] = "none,madry,rse,bayesian,adv_bnn",
+    attacks: Annotated[
+        str, typer.Option(help="Comma-separated names; clean accuracy is always there.")
+    ] = "clean,fgsm,pgd,eot_pgd",
+    data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or stl10.")] = "digits",
+    eps: Annotated[
+        float | None, typer.Option(help="l-inf radius in pixels [0, 1]; the data set's usual one if absent.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Draws behind every verdict.")] = 50,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
+    seed: Annotated[int, typer.Option(help="Of training, attacks and verdicts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to write to; only our own files are replaced.")] = Path(
+        "out"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs, gradients and images.")] = False,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of the data; PROBDEFENSE_DATA if absent.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train defenses, attack each, and write a report that can be trusted.
+
+    Writes report.json, timing.json, arrays.npz, robustness.png, report.html and posterior.nc.
+    """
+    from probdefense.study import console, job
+
+    try:
+        request, split = job.prepare(
+            job.Request(
+                _names(defenses), _names(attacks), data, eps, num_samples, epochs, seed, quick, data_root
+            )
+        )
+        _check_writable(out)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if request.quick and request.data == "digits":
+        job.use_one_thread()
+    result = job.run(request, split, say=lambda line: print(line, file=sys.stderr))
+    written = job.write(result, out)
+    if as_json:
+        print((out / "report.json").read_text(), end="")
+        return
+    console.show(result)
+    print("\n".join(f"wrote {out / name}" for name in written))
+    if "posterior.nc" not in written:
+        print("no posterior.nc: none of these defenses is random")
+
+
+@app.command("list")
+def list_names(as_json: AsJson = False) -> None:
+    """List the defenses, objectives, attacks and data sets, with one line each."""
+    from probdefense.study.job import catalog
+
+    sections = catalog()
+    if as_json:
+        print(json.dumps(sections, indent=2))
+        return
+    for title, lines in sections.items():
+        width = max(len(name) for name in lines)
+        print(title, *(f"  {name.ljust(width)}  {about}" for name, about in lines.items()), "", sep="\n")
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of probdefense and of what it stands on."""
+    from probdefense.study.job import versions
+
+    print("\n".join(f"{name} {number}" for name, number in versions().items()))
+
+
+def main() -> None:
+    """Runs the command; a bad request becomes one sentence on stderr and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        print("probdefense:", " ".join(error.format_message().split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be written, before any work.
+
+    Raises:
+        ValueError: it is a file, or it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot write to --out {folder} ({reason}); choose another folder") from error

@@ -1,0 +1,123 @@
+"""What the command prints: the table, what the attacks spent, pairs, checks and certificates."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from probdefense.evaluation.report import Row
+from probdefense.study.job import Result
+from probdefense.study.opponents import OTHER_NORMS
+
+PAIRS = 10
+"""Up to this many pairs are all printed; of more, those with the best defense. The report has all."""
+
+
+def show(result: Result) -> None:
+    """Prints a result for people."""
+    from rich.console import Console
+
+    rows = result.report.rows
+    width = 60 + 17 * len({row["attack"] for row in rows})
+    console = Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False)
+    console.print(_accuracies(result))
+    notes = (*_spent(rows), *_other_norms(rows), *_priors(rows), *_certificates(result))
+    for line in (*notes, *_checks(result), *_pairs(result)):
+        console.print(line, soft_wrap=True)
+
+
+def _accuracies(result: Result) -> Any:
+    """One line per defense and rule, one column per attack, and the certified accuracy."""
+    from rich.table import Table
+
+    rows, radius = result.report.rows, result.report.settings["eps"]
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    columns = [*attacks, f"certified, L2 {radius:g}"]
+    table = Table("defense", "rule", *columns, title="accuracy in % and its 95 % interval")
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault((row["defense"], row["rule"]), {})[row["attack"]] = _share(row)
+    for name, certificate in result.certificates.items():
+        y = result.test[1][: len(certificate.label)]
+        first = next(cells for (defense, _), cells in lines.items() if defense == name)
+        first[columns[-1]] = _share(certificate.curve(y, [radius])[0])
+    for (defense, rule), cells in lines.items():
+        table.add_row(defense, rule, *(cells.get(column, "-") for column in columns))
+    return table
+
+
+def _share(row: Row) -> str:
+    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+
+
+def _spent(rows: Iterable[Row]) -> list[str]:
+    """Gradients and queries per image, by attack and draws per call."""
+    spent: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["attack_samples"] is None:
+            continue
+        gradients, queries = (row[kind] / row["num_examples"] for kind in ("gradients", "queries"))
+        cost = f"{gradients:.0f} gradients" if gradients else f"{queries:.0f} queries"
+        spent.setdefault(row["attack"], {})[f"{cost} ({row['attack_samples']} draws per call)"] = None
+    return [f"spent per image, {attack}: {', '.join(costs)}" for attack, costs in spent.items()]
+
+
+def _other_norms(rows: Iterable[Row]) -> list[str]:
+    names = dict.fromkeys(row["attack"] for row in rows if row["attack"] in OTHER_NORMS)
+    return [
+        f"{name} minimizes the L{OTHER_NORMS[name]} norm; a point counts within the radius" for name in names
+    ]
+
+
+def _priors(rows: Iterable[Row]) -> Iterable[str]:
+    found = [row for row in rows if "prior" in row]
+    return dict.fromkeys(
+        f"{row['defense']}: prior {row['prior']}, KL weight {row['kl_weight']:g}" for row in found
+    )
+
+
+def _certificates(result: Result) -> list[str]:
+    return [
+        f"certificate, {name}: of the infinite vote, not of {result.report.settings['num_samples']} draws; "
+        f"input noise {found.sigma:g}, alpha {found.alpha:g}, {len(found.label)} images"
+        for name, found in result.certificates.items()
+    ]
+
+
+def _checks(result: Result) -> list[str]:
+    """One line per defense, and one per check that fired."""
+    asked = result.report.settings
+    budget = f"{asked['checked']} images, {asked['check_gradients']} gradients per image"
+    lines = [f"checks at {budget}: a small budget, checks.run takes more"] if result.checks else []
+    for name, found in result.checks.items():
+        quiet = sum(check.verdict == "ok" for check in found)
+        lines.append(f"checks, {name}: {quiet} ok, {len(found.fired)} fired")
+        lines += [f"  {check.name}: {check.verdict}. {check.advice}" for check in found.fired]
+    return lines
+
+
+def _pairs(result: Result) -> list[str]:
+    """Differences under the worst case, in percentage points."""
+    if result.comparison is None:
+        return []
+    rows = result.comparison.rows
+    hardest = "worst" if any(row["attack"] == "worst" for row in rows) else rows[-1]["attack"]
+    rows = [row for row in rows if row["attack"] == hardest]
+    counts = dict.fromkeys(row["num_examples"] for row in rows)
+    groups = [[row for row in rows if row["num_examples"] == count] for count in counts]
+    lines = [
+        f"  {row['a']} - {row['b']}: {100 * row['difference']:+.1f} "
+        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}], "
+        f"P({row['a']} is better) = {row['probability']:.3f}, p = {row['p_holm']:.2g} (Holm)"
+        for group in groups
+        for row in _printed(group)
+    ]
+    return [f"pairs under {hardest}, in points; {result.comparison.scope}", *lines]
+
+
+def _printed(rows: list[Row]) -> list[Row]:
+    """All pairs that saw the same images if they are few, else those with the best defense."""
+    if len(rows) <= PAIRS:
+        return rows
+    accuracy = {row[side]: row[f"accuracy_{side}"] for row in rows for side in "ab"}
+    best = max(accuracy, key=lambda name: accuracy[name])
+    return [row for row in rows if best in (row["a"], row["b"])]

@@ -1,0 +1,196 @@
+"""The attack made for each kind of defense, and attacks by name, all at one budget.
+
+An opponent is ``opponent(defense, gradients) -> Attack``: it may look into the defense (its surrogates,
+its members, its adaptation) and spends about `gradients` per image, every draw counting as one.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from probdefense import attacks
+from probdefense.attacks.bpda import Surrogate
+from probdefense.core.defense import Defense
+from probdefense.defenses.jump_relu import surrogates
+from probdefense.evaluation.protocol import with_draws
+from probdefense.logits.losses import dlr, predictive_cross_entropy
+from probdefense.nn import BReLU, JumpReLU
+from probdefense.prediction.drawing import is_adaptive
+from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Seed
+from probdefense.validation import check_member
+
+Opponent = Callable[[Any, int], Attack]
+
+EOT_SAMPLES = 16
+APGD_SAMPLES = 4
+FROZEN_SAMPLES = 4
+"""Draws on which minimum-norm attacks solve; the verdict is taken on fresh ones."""
+
+OTHER_NORMS = {"cw": 2, "cw_fixed": 2, "ddn": 2, "zoo": 2, "ead": 1}
+"""Attacks that minimize another norm than the l-inf of the command: their points count if they lie within."""
+
+ROUNDS = 2
+"""Simulations of an adaptive defense."""
+
+QUERIES = 10
+"""Queries that a gradient-free attack gets for each gradient of the others."""
+
+
+def matched_loss(defense: LogitsFn, gradients: int) -> Attack:
+    """EOT-PGD on the cross-entropy of the mean probability, which is what the verdict is taken on."""
+    return _eot(partial(attacks.pgd, loss=predictive_cross_entropy), defense, gradients, EOT_SAMPLES)
+
+
+def step_control(defense: LogitsFn, gradients: int) -> Attack:
+    """APGD on DLR: step sizes that adapt, and a loss that does not saturate."""
+    return _eot(partial(attacks.apgd, loss=dlr), defense, gradients, APGD_SAMPLES)
+
+
+def scale_free(defense: LogitsFn, gradients: int) -> Attack:
+    """PGD on DLR, which large logits do not saturate."""
+    return _eot(partial(attacks.pgd, loss=dlr), defense, gradients, 1)
+
+
+def through_jumps(defense: Defense, gradients: int) -> Attack:
+    """PGD by BPDA: the true forward pass, the gradient of smoothed jumps."""
+    return _bpda_pgd(defense, surrogates(defense), gradients)
+
+
+def past_ceilings(defense: Defense, gradients: int) -> Attack:
+    """PGD by BPDA: the gradient of ReLUs without the ceiling, beyond which BReLU passes none."""
+    return _bpda_pgd(defense, {BReLU: torch.relu}, gradients)
+
+
+def _bpda_pgd(defense: Defense, smooth: Mapping[Any, Surrogate], gradients: int) -> Attack:
+    def bpda_pgd(
+        logits_fn: LogitsFn, x: Inputs, y: Labels, *, eps: float, norm: Norm = math.inf, seed: Seed = None
+    ) -> Inputs:
+        with attacks.bpda(defense, smooth):
+            return attacks.pgd(logits_fn, x, y, eps=eps, norm=norm, num_steps=gradients, seed=seed)
+
+    return with_draws(bpda_pgd, 1)
+
+
+def member_by_member(defense: LogitsFn, gradients: int) -> Attack:
+    """ARC: steps that keep the members fooled so far and fool one more."""
+    return partial(attacks.arc, num_steps=max(1, gradients // 8))
+
+
+def greedy_models(defense: LogitsFn, gradients: int) -> Attack:
+    """GMSA: attacks all models that the adaptation has made of its points so far."""
+    return _adapted(attacks.gmsa, gradients)
+
+
+def _adapted(attack: Callable[..., Inputs], gradients: int) -> Attack:
+    """FPA or GMSA whose inner PGD fits the budget; the models multiply what a step costs."""
+    inner = partial(attacks.pgd, num_steps=max(1, gradients // (2 * ROUNDS)))
+
+    def adapted(
+        logits_fn: LogitsFn, x: Inputs, y: Labels, *, eps: float, norm: Norm = math.inf, seed: Seed = None
+    ) -> Inputs:
+        radius = partial(inner, eps=eps, norm=norm)
+        return attack(logits_fn, x, y, attack=radius, num_rounds=ROUNDS, seed=seed)
+
+    return adapted
+
+
+def named_attack(name: str, defense: Any, gradients: int) -> Attack:
+    """An attack by the name that the command knows.
+
+    ``pgd`` and ``eot_pgd`` spend the same number of gradients per image: one draw per step and many
+    steps, or 16 draws and fewer steps. Attacks made for one kind of defense (``bpda``, ``fpa``, ``gmsa``)
+    are plain PGD on any other, which is what they come to there. What is not in `NAMED` runs with its
+    defaults.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    check_member("attack", name, attack_names())
+    opponent = NAMED.get(name)
+    return getattr(attacks, name) if opponent is None else opponent(defense, gradients)
+
+
+def attack_names() -> list[str]:
+    """The names that `named_attack` knows."""
+    return [*(name for name in attacks.__all__ if callable(getattr(attacks, name))), "eot_pgd"]
+
+
+def _eot(attack: Attack, defense: LogitsFn, gradients: int, num_samples: int) -> Attack:
+    draws = num_samples if defense.stochastic else 1
+    return with_draws(partial(attack, num_steps=max(1, gradients // draws)), draws)
+
+
+def _iterated(attack: Attack, num_samples: int) -> Opponent:
+    return lambda defense, gradients: _eot(attack, defense, gradients, num_samples)
+
+
+def _in_one_step(attack: Attack) -> Opponent:
+    return lambda defense, gradients: with_draws(attack, EOT_SAMPLES)
+
+
+def _by_queries(attack: Attack) -> Opponent:
+    return lambda defense, gradients: with_draws(
+        partial(attack, max_queries=max(1000, QUERIES * gradients)), 1
+    )
+
+
+def _on_frozen(attack: Attack, **settings: Any) -> Opponent:
+    """On few frozen draws: every step runs all of them."""
+    return lambda defense, gradients: with_draws(partial(attack, **settings), FROZEN_SAMPLES)
+
+
+def _suite(defense: LogitsFn, gradients: int) -> Attack:
+    """The suite has a budget of forward passes, about three for a gradient."""
+    return partial(attacks.suite, budget=max(1000, 3 * gradients))
+
+
+def _transferred(defense: Any, gradients: int) -> Attack:
+    """PGD on the network without noise, at posterior means; on a plain network that is PGD itself."""
+    source = defense.mean() if hasattr(defense, "mean") else defense
+    return attacks.transfer(partial(attacks.pgd, num_steps=gradients), source)
+
+
+def _bpda(defense: Any, gradients: int) -> Attack:
+    jumps = isinstance(defense, Defense) and any(isinstance(m, JumpReLU) for m in defense.modules())
+    return (through_jumps if jumps else _pgd)(defense, gradients)
+
+
+def _worst_of(defense: LogitsFn, gradients: int) -> Attack:
+    return attacks.worst_of([each(defense, gradients // 2) for each in (_pgd, step_control)])
+
+
+def _on_models(attack: Callable[..., Inputs]) -> Opponent:
+    return lambda defense, gradients: (
+        _adapted(attack, gradients) if is_adaptive(defense) else _pgd(defense, gradients)
+    )
+
+
+_pgd = _iterated(attacks.pgd, 1)
+
+NAMED: dict[str, Opponent] = {
+    "fgsm": _in_one_step(attacks.fgsm),
+    "r_fgsm": _in_one_step(attacks.r_fgsm),
+    "bim": _iterated(attacks.bim, 1),
+    "mim": _iterated(attacks.mim, 1),
+    "pgd": _pgd,
+    "eot_pgd": _iterated(attacks.pgd, EOT_SAMPLES),
+    "apgd": _iterated(attacks.apgd, APGD_SAMPLES),
+    "cw": _on_frozen(attacks.cw, num_searches=5, init_c=0.1),
+    "cw_fixed": _on_frozen(attacks.cw_fixed, c=1.0),
+    "ead": _on_frozen(attacks.ead, num_searches=5, init_c=0.1),
+    "ddn": _on_frozen(attacks.ddn),
+    "fmn": _on_frozen(attacks.fmn, norm=math.inf),
+    "deepfool": _on_frozen(attacks.deepfool, norm=math.inf),
+    "suite": _suite,
+    "arc": member_by_member,
+    "bpda": _bpda,
+    "transfer": _transferred,
+    "worst_of": _worst_of,
+    "fpa": _on_models(attacks.fpa),
+    "gmsa": _on_models(attacks.gmsa),
+    **{name: _by_queries(getattr(attacks, name)) for name in ("square", "zoo", "nes", "spsa")},
+    "hop_skip_jump": _by_queries(partial(attacks.hop_skip_jump, norm=math.inf)),
+}

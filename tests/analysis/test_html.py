@@ -1,0 +1,116 @@
+"""The page says the verdict first, with the numbers of the report, and stands alone."""
+
+import html
+import re
+import shutil
+import subprocess
+
+import matplotlib
+import pytest
+import torch
+from torch import nn
+
+import probdefense as pd
+from probdefense.analysis import write_html
+from probdefense.checks import Check
+from tests.analysis.test_plots import report
+
+matplotlib.use("Agg")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+CHECKS = {
+    "plain": [Check("gradient", "ok", "", {"zero gradients": 0.0})],
+    "noisy": [
+        Check("gradient", "defense masks", "look at <the> gradients", {"zero gradients": 0.75}),
+        Check("more draws", "not applicable", "nothing is random"),
+    ],
+}
+
+
+def page(folder, **more):
+    return write_html(report(), folder, **more).read_text()
+
+
+def plain_text(page):
+    body = re.sub(r"<(style|svg).*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+def compared():
+    data, nets = (torch.rand(20, 4), torch.randint(3, (20,))), [nn.Linear(4, 3), nn.Linear(4, 3)]
+    attacks = {"fgsm": pd.attacks.fgsm}
+    a, b = (pd.evaluate(pd.deterministic(n), data, attacks, name=k) for n, k in zip(nets, "ab", strict=True))
+    return pd.compare_all(a + b)
+
+
+def test_the_verdict_comes_first_and_the_strongest_defense_first_of_all(tmp_path):
+    text = plain_text(page(tmp_path))
+    first, second = text.index("30 % plain is right on"), text.index("20 % noisy is right on")
+    assert first < second < text.index("Accuracy In %")
+    assert "under pgd at l-inf radius 0.2; 90 % on clean ones." in text
+
+
+def test_the_table_holds_every_number_with_its_interval(tmp_path):
+    text = plain_text(page(tmp_path))
+    for row in report().rows:
+        low, high = 100 * row["low"], 100 * row["high"]
+        assert f"{100 * row['accuracy']:.1f} [{low:.0f}, {high:.0f}]" in text
+    assert "defense rule clean fgsm 0.2 pgd 0.2 fgsm 0.1 pgd 0.1" in text
+    assert "noisy pgd 16 32 32" in text  # draws per call, gradients and queries per image
+
+
+def test_checks_that_fired_put_the_verdict_in_doubt(tmp_path):
+    text = plain_text(page(tmp_path, checks=CHECKS))
+    assert "1 checks found nothing wrong." in text
+    assert "Not to be trusted yet: gradient (defense masks)." in text
+    assert "noisy gradient defense masks look at <the> gradients (zero gradients 0.75)" in text
+    assert text.index("Is it robust, or just noisy?") < text.index("2 checks that did not fire")
+
+
+def test_pairs_certificates_and_pictures_are_shown_when_given(tmp_path):
+    comparison, (x, x_adv) = compared(), torch.rand(2, 3, 1, 4, 4)
+    certificate = {"noisy": [{"eps": 0.25, "accuracy": 0.5, "low": 0.3, "high": 0.7}]}
+    more = {"comparison": comparison, "certificate": certificate, "images": {"digits": (x, x_adv)}}
+    whole = page(tmp_path, **more)
+    text = plain_text(whole)
+    assert "Pairs Percentage points; one training seed" in text
+    assert f"{100 * comparison.rows[0]['difference']:+.1f}" in text and "a - b clean" in text
+    assert "Certified accuracy" in text and "noisy 50.0 [30, 70]" in text
+    assert whole.count("<svg") == 3 and "digits" in text
+    bare = plain_text(page(tmp_path))
+    assert "Pairs" not in bare and "Certified" not in bare and "noisy?" not in bare
+
+
+def test_the_page_stands_alone_and_depends_on_its_input_alone(tmp_path):
+    one, two = page(tmp_path / "a", checks=CHECKS), page(tmp_path / "b", checks=CHECKS)
+    assert one == two
+    assert not re.search(r'(src|href)="(?!data:|#)', one) and "@import" not in one
+    ids = re.findall(r'\sid="([^"]+)"', one)
+    assert len(ids) == len(set(ids)) and set(re.findall(r"url\(#([^)]+)\)", one)) <= set(ids)
+    assert "prefers-color-scheme: dark" in one and "#0072b2" not in re.sub(r"--c\d: #\w+", "", one).lower()
+
+
+def test_names_are_escaped_and_other_files_stay(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    strange = report()
+    strange.rows = [
+        row | {"defense": "<script>"} if row["defense"] == "noisy" else row for row in strange.rows
+    ]
+    text = write_html(strange, tmp_path).read_text()
+    assert "<script>" not in text and (tmp_path / "mine.txt").read_text() == "mine"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["mine.txt", "report.html"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_a_phone_shows_it_without_scrolling_sideways(tmp_path):
+    text = page(tmp_path, checks=CHECKS, comparison=compared())
+    frame = f'<iframe width="390" height="800" srcdoc="{html.escape(text)}"></iframe>'
+    read = "document.title = document.querySelector('iframe').contentDocument.documentElement.scrollWidth"
+    (tmp_path / "phone.html").write_text(f"{frame}<script>onload = () => {{ {read} }}</script>")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    run = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", f"file://{tmp_path}/phone.html"], capture_output=True, timeout=120
+    )
+    width = int(re.search(r"<title>(\d+)</title>", run.stdout.decode()).group(1))
+    assert 0 < width <= 390

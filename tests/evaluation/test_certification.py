@@ -1,0 +1,213 @@
+"""Certificates in the world where the radius is known, and what is refused one."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import probdefense as pd
+from probdefense.evaluation.certification import clopper_pearson_low, running_bounds
+from tests.worlds import FAILURE_RATE, LinearWorld, tiny_batch, tiny_net
+
+
+def exact_share(world, x):
+    """Share of the votes for the class that wins infinitely many."""
+    return torch.distributions.Normal(0, 1).cdf(world.distance(x) / world.sigma).double()
+
+
+def test_the_radius_approaches_the_distance_to_the_plane_from_below():
+    world = LinearWorld(sigma=0.3)
+    x, y = world.points(16)
+    found = pd.certify(world.noisy(), x, n0=200, n=6000, alpha=FAILURE_RATE / 16, seed=0)
+    held, share = found.label >= 0, exact_share(world, x)
+    assert bool((found.label[held] == y[held]).all()) and bool(held[share > 0.6].all())
+    assert bool((found.radius <= world.distance(x)).all())
+    clear = (share > 0.6) & (share < 0.95)
+    assert int(clear.sum()) >= 4
+    assert float((world.distance(x) - found.radius)[clear].max()) < 0.06
+    assert bool((found.radius[~held] == 0).all()) and found.sigma == pytest.approx(0.3)
+
+
+def test_a_unanimous_vote_certifies_the_known_radius():
+    world = LinearWorld(sigma=0.01)
+    x, _ = world.points(40)
+    x = x[world.distance(x) > 0.1][:5]
+    found = pd.certify(world.noisy(), x, n0=10, n=1000, alpha=0.001, seed=0)
+    best = 0.01 * float(torch.special.ndtri(torch.tensor(0.001 ** (1 / 1000), dtype=torch.float64)))
+    np.testing.assert_allclose(found.radius, best, rtol=1e-4)
+    assert found.num_votes.tolist() == [1000] * 5
+
+
+def test_certificates_are_false_as_rarely_as_stated():
+    """At alpha = 0.3 the share of bounds above the truth is at most 0.3, and not absurdly less."""
+    world = LinearWorld(sigma=0.3)
+    x = world.points(30)[0]
+    one = (exact_share(world, x) - 0.8).abs().argmin()
+    x = x[one].expand(1500, -1)
+    found = pd.certify(world.noisy(), x, n0=50, n=100, alpha=0.3, seed=0)
+    false = float(((found.share > exact_share(world, x)) & (found.label >= 0)).double().mean())
+    assert 0.15 < false < 0.3 + 4.3 * (0.21 / 1500) ** 0.5
+
+
+def test_no_point_inside_the_radius_loses_the_vote():
+    world = LinearWorld(sigma=0.3)
+    x, _ = world.points(25)
+    alpha = 0.01
+    found = pd.certify(world.noisy(), x, n0=100, n=2000, alpha=alpha, seed=0)
+    held = found.label >= 0
+    x, label, radius = x[held], found.label[held], found.radius[held]
+    away = torch.where(label == 1, -1.0, 1.0).unsqueeze(1) * world.w / world.w.norm()
+    inside = x + 0.999 * radius.unsqueeze(1) * away
+    outside = x + (world.distance(x) + 0.05).unsqueeze(1) * away
+    for points, lost_most in ((inside, False), (outside, True)):
+        with torch.no_grad():
+            votes = (world.noisy()(points, 10_000).argmax(-1) == label).double().sum(0)
+        against = clopper_pearson_low(10_000 - votes.numpy(), 10_000, alpha)
+        lost = float((against > 0.5).mean())
+        assert (lost > 0.8) if lost_most else (lost <= alpha)
+
+
+def test_clopper_pearson_by_hand_and_by_counting():
+    assert clopper_pearson_low(np.array([0, 20]), 20, 0.05) == pytest.approx([0.0, 0.05 ** (1 / 20)])
+    low = float(clopper_pearson_low(np.array([7]), 10, 0.05)[0])
+    tail = sum(math.comb(10, k) * low**k * (1 - low) ** (10 - k) for k in range(7, 11))
+    assert tail == pytest.approx(0.05)
+
+
+def looked_at(count, looks, share, alpha):
+    """Whether bounds after every 50 of `looks` x 50 votes ever exclude the share, for `count` races."""
+    votes = np.random.default_rng(0).random((count, looks * 50)) < share
+    wins = votes.cumsum(1)[:, 49::50].astype(float)
+    trials = np.arange(50, 50 * looks + 1, 50.0)
+    sequence = np.zeros(count, dtype=bool)
+    fixed = np.zeros(count, dtype=bool)
+    for look, trial in enumerate(trials):
+        low, _ = running_bounds(wins[:, look], np.full(count, trial), alpha)
+        sequence |= low > share
+        fixed |= clopper_pearson_low(wins[:, look], int(trial), alpha) > share
+    return sequence.mean(), fixed.mean()
+
+
+def test_a_confidence_sequence_may_be_looked_at_and_a_fixed_interval_may_not():
+    sequence, fixed = looked_at(2000, 60, 0.8, 0.05)
+    assert sequence <= 0.05 + 4.3 * (0.0475 / 2000) ** 0.5
+    assert fixed > 0.15, "looking at a fixed interval is what must not be done"
+
+
+def test_early_exit_only_with_a_target_and_by_the_confidence_sequence():
+    world = LinearWorld(sigma=0.3)
+    x, _ = world.points(30)
+    options = {"n0": 50, "n": 3000, "alpha": 0.01, "seed": 0}
+    full = pd.certify(world.noisy(), x, **options)
+    early = pd.certify(world.noisy(), x, **options, target_radius=0.05)
+    assert bool((full.num_votes == 3000).all())
+    assert float(early.num_votes.double().mean()) < 1500 and int(early.num_votes.max()) <= 3000
+    reached = early.radius >= 0.05
+    assert bool((world.distance(x)[reached] >= 0.05).all()) and int(reached.sum()) > 5
+    bound, _ = running_bounds(np.array([90.0]), np.array([100.0]), 0.05)
+    assert float(bound[0]) < float(clopper_pearson_low(np.array([90]), 100, 0.05)[0])
+
+
+def test_everything_random_is_inside_the_vote():
+    """Random weights beside input noise: shares are those of the joint draw, so radii shrink."""
+    world = LinearWorld(sigma=0.3)
+    x, _ = world.points(20)
+    joint = pd.defenses.bayesian(world.noisy(), init_scale=0.3)
+    alone, both = (pd.certify(d, x, n0=50, n=1000, seed=0) for d in (world.noisy(), joint))
+    assert both.sigma == pytest.approx(0.3)
+    with torch.no_grad():
+        share = (joint(x, 1000).argmax(-1) == both.label.clamp_min(0)).double().mean(0)
+    held = both.label >= 0
+    assert bool((both.share.double()[held] <= share[held] + 0.06).all())
+    assert float(both.radius.mean()) < float(alone.radius.mean())
+
+
+def test_a_net_that_normalizes_inside_does_not_inflate_the_radius():
+    """Pixels are divided by .1 inside: in units of the inner input the noise would look ten times larger."""
+    world = LinearWorld(sigma=0.05)
+    x, _ = world.points(20)
+    inner = nn.Linear(world.dims, 2)
+    with torch.no_grad():
+        inner.weight.copy_(0.1 * world.net.weight)
+        inner.bias.copy_(world.net.bias + 0.5 * world.net.weight.sum(1))
+    net = nn.Sequential(pd.nn.Normalize([0.5] * world.dims, [0.1] * world.dims), inner)
+    torch.testing.assert_close(net(x), world.net(x), rtol=1e-4, atol=1e-5)
+    plain, inside = (
+        pd.certify(
+            pd.defenses.rse(n, sigma_init=0.05, sigma_inner=0.0, before_linear=True), x, n0=20, n=500, seed=0
+        )
+        for n in (world.net, net)
+    )
+    assert inside.sigma == pytest.approx(0.05)
+    assert bool((inside.radius <= world.distance(x)).all())
+    torch.testing.assert_close(inside.radius, plain.radius, rtol=0.2, atol=0.01)
+    behind = pd.deterministic(nn.Sequential(net[0], pd.nn.Noise(0.5), inner))
+    with pytest.raises(ValueError, match="no additive noise on its raw pixels"):
+        pd.certify(behind, x)
+
+
+def adaptive():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3))
+    base = pd.defenses.rse(net, before_linear=True)
+    return pd.rmc(
+        base, tiny_batch(40), attack=partial(pd.attacks.fgsm, eps=0.1), num_neighbors=8, max_epochs=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pd.deterministic(tiny_net()), "no additive noise on its raw pixels"),
+        (lambda: pd.defenses.bayesian(tiny_net()), "no additive noise on its raw pixels"),
+        (lambda: pd.defenses.rse(tiny_net(), init_at="conv"), "no additive noise on its raw pixels"),
+        (lambda: pd.defenses.rse(tiny_net(), multiplicative=True), "no additive noise on its raw pixels"),
+        (adaptive, "a defense that adapts to its inputs has none"),
+        (
+            lambda: pd.deterministic(nn.Sequential(pd.nn.Noise(0.2, when="train"), tiny_net())),
+            "noise in training only",
+        ),
+    ],
+)
+def test_a_defense_without_noise_on_its_pixels_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        pd.certify(make(), tiny_batch()[0])
+
+
+def test_other_things_are_refused():
+    x, _ = tiny_batch()
+    defense = pd.defenses.rse(tiny_net())
+    with pytest.raises(TypeError, match="expected a Defense, which knows its input noise, got Frozen"):
+        pd.certify(defense.freeze(3), x)
+    for options, message in (
+        ({"n": 0}, "expected n >= 1"),
+        ({"n0": 0}, "expected n0 >= 1"),
+        ({"alpha": 1.5}, "expected 0 < alpha < 1, got 1.5"),
+        ({"target_radius": 0.0}, "expected target_radius > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pd.certify(defense, x, **options)
+
+
+def test_the_curve_counts_what_is_certified_and_right():
+    found = pd.Certificate(
+        label=torch.tensor([0, 1, -1, 1]),
+        radius=torch.tensor([0.1, 0.3, 0.0, 0.2]),
+        share=torch.tensor([0.6, 0.9, 0.4, 0.8]),
+        num_votes=torch.tensor([10] * 4),
+        sigma=0.25,
+        alpha=0.001,
+    )
+    rows = found.curve(torch.tensor([0, 1, 1, 0]), [0.0, 0.1, 0.2, 0.4])
+    assert [row["accuracy"] for row in rows] == [0.5, 0.5, 0.25, 0.0]
+    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in rows)
+    assert "of the infinite vote, input noise 0.25 px" in found.table(torch.tensor([0, 1, 1, 0]), [0.1])
+
+
+def test_a_seed_fixes_the_certificate_and_nothing_else_moves():
+    defense, (x, _) = pd.defenses.rse(tiny_net()), tiny_batch()
+    state = torch.get_rng_state()
+    first, second = (pd.certify(defense, x, n0=10, n=50, seed=4) for _ in range(2))
+    assert torch.equal(first.share, second.share) and torch.equal(state, torch.get_rng_state())

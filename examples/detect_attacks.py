@@ -38,12 +38,8 @@ def main(quick: bool = False) -> None:
         "bayesian": pd.defenses.bayesian(pd.models.small_cnn(), num_data=len(train)),
     }
     blind = pd.losses.predictive_cross_entropy
-    losses = {"blind": blind} | {
-        f"knows the detector, weight {w}": pd.detection.evading(
-            pd.detection.predictive_entropy, loss=blind, weight=w
-        )
-        for w in (0.1, 0.3)
-    }
+    evading = partial(pd.detection.evading, pd.detection.predictive_entropy, loss=blind)
+    losses = {"blind": blind} | {f"knows the detector, weight {w}": evading(weight=w) for w in (0.1, 0.3)}
     rows = []
     for name, defense in defenses.items():
         optimizer = torch.optim.Adam(defense.param_groups(), lr=4e-3)

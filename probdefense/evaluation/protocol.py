@@ -1,8 +1,8 @@
 """`evaluate`: robust accuracy on fresh draws, every number with its rule, budget and interval.
 
 Three streams of draws never meet: what an attack climbs, what the worst case is chosen on, and the
-verdict (see `prediction.drawing`). Verdict draws are the same for clean inputs and every attack, so an attack that
-does nothing leaves exactly the clean accuracy. Nothing is optimized here.
+verdict (see `prediction.drawing`). Verdict draws are the same for clean inputs and every attack, so an
+attack that does nothing leaves exactly the clean accuracy. Nothing is optimized here.
 """
 
 import inspect

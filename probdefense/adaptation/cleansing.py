@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from probdefense.core.defense import Defense
 from probdefense.core.programs import Model
-from probdefense.core.sites import Fixed
+from probdefense.core.families import Fixed
 from probdefense.evaluation.protocol import gather
 from probdefense.nn.passes import input_shapes
 from probdefense.objectives import elbo

@@ -1,27 +1,13 @@
-"""What is random in a defense."""
+"""What is random in a defense: one kind of site per file."""
 
-from probdefense.core.sites.weights import (
-    Family,
-    Fixed,
-    MemberSite,
-    NoiseSite,
-    Prior,
-    Site,
-    WeightNoiseSite,
-    WeightSite,
-    Where,
-    flat_weights,
-    join,
-    layer_name,
-    noise_sites,
-    tied_names,
-    unique_names,
-    unused,
-)
+from probdefense.core.sites.members import MemberSite
+from probdefense.core.sites.noise import NoiseSite, layer_name, noise_sites
+from probdefense.core.sites.site import Site, join, unique_names, unused
+from probdefense.core.sites.weight_noise import WeightNoiseSite
+from probdefense.core.sites.weights import Family, Prior, WeightSite, Where, flat_weights, tied_names
 
 __all__ = [
     "Family",
-    "Fixed",
     "MemberSite",
     "NoiseSite",
     "Prior",

@@ -1,12 +1,7 @@
-r"""What is random in a defense: priors, posteriors, and what a draw fills in the network.
-
-A site has a prior (the model's) and a posterior (the guide's). A *global* site is drawn once per
-draw of the network, as one flat vector; a *local* site is drawn for every example, inside the data
-plate. The KL term of the ELBO is closed wherever the pair of families has a closed form.
-"""
+r"""Random parameters: one flat vector per pair of families, seen by the network as named views."""
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.func import functional_call
 
 from probdefense.core.families import Fixed, MeanField, MultiplicativeLogNormal
-from probdefense.nn.members import ALL
-from probdefense.nn.placeholder import placeholders
+from probdefense.core.sites.site import EMPTY, Site, unused
 
 Prior = Distribution | Callable[[str, Tensor], Distribution | None] | None
 """One distribution for every element, one by parameter name, or None: no prior, no KL."""
@@ -28,54 +21,6 @@ Where = Callable[[str, Tensor], bool]
 
 Family = type[Distribution] | Callable[[str, Tensor], type[Distribution]]
 """The posterior of every parameter: a class of ``(loc, scale)`` with mean ``loc``, or one by name."""
-
-EMPTY: Mapping[str, Tensor] = {}
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One random variable of a defense.
-
-    Attributes:
-        name: Its Pyro name.
-        prior: Gives the model's distribution; None masks the site, in model and guide.
-        posterior: Gives the guide's distribution; None says that it is the prior.
-    """
-
-    name: str
-    prior: nn.Module | None
-    posterior: nn.Module | None
-
-    local = False
-    perturbs = False  # whether it changes parameters that are in the network, or that other sites fill
-
-    @property
-    def size(self) -> int:
-        """The number of elements of a global site."""
-        return 1
-
-    def distribution(self, of: str) -> Distribution:
-        """The distribution of the elements, ``of="prior"`` (model) or ``"posterior"`` (guide)."""
-        module = self.prior if of == "prior" else self.posterior
-        module = module or self.prior or self.posterior
-        assert module is not None, f"site {self.name} has neither prior nor posterior"
-        return module()
-
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
-        """Elements of the posterior, of a shape that ends in that of its distribution."""
-        if self.posterior is None and isinstance(self.prior, Fixed) and self.prior.standard_normal:
-            like = self.prior.get_buffer("loc")  # the numbers of rsample(), without its two extra passes
-            return torch.randn(shape, dtype=like.dtype, device=like.device)
-        distribution = self.distribution("posterior").expand(shape)
-        return distribution.rsample() if distribution.has_rsample else distribution.sample()
-
-    def center(self) -> Tensor:
-        """The value of a global site in the static base: the mean of the posterior."""
-        return self.distribution("posterior").expand((self.size,)).mean
-
-    def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
-        """The tensors of the network, by name, that a value stands for; `given` replaces those of `net`."""
-        raise TypeError(f"site {self.name} does not say what it fills")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,56 +47,6 @@ class WeightSite(Site):
     def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
         views = self.views(value)
         return {name: views[names[0]] for names in self.names for name in names}
-
-
-@dataclass(frozen=True, eq=False)
-class WeightNoiseSite(WeightSite):
-    """Standard noise for parameters that stay trained in the network; `layer` beside each scales it."""
-
-    layer: str = ""
-
-    perturbs = True
-
-    def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
-        filled: dict[str, Tensor] = {}
-        for names, eps in zip(self.names, self.views(value).values(), strict=True):
-            layer = join(names[0].rpartition(".")[0], self.layer)
-            coefficients = {
-                name: given.get(f"{layer}.{name}", parameter)
-                for name, parameter in net.get_submodule(layer).named_parameters()
-            }
-            weight = given[names[0]] if names[0] in given else _tensor(net, names[0])
-            noisy = functional_call(net.get_submodule(layer), coefficients, (weight, eps))
-            filled |= dict.fromkeys(names, noisy)
-        return filled
-
-
-@dataclass(frozen=True, eq=False)
-class MemberSite(Site):
-    """Which of `count` networks answers, each equally often; `path` is the buffer that chooses."""
-
-    path: str = ""
-    count: int = 1
-
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
-        """Rounds through all members in random order: a multiple of `count` has each equally often."""
-        rounds = [torch.randperm(self.count) for _ in range(0, shape[0], self.count)]
-        return torch.cat(rounds)[: shape[0]].view(shape)
-
-    def center(self) -> Tensor:
-        return torch.tensor([ALL])
-
-    def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
-        return {self.path: value.reshape(())}
-
-
-@dataclass(frozen=True, eq=False)
-class NoiseSite(Site):
-    """The hole of a layer, filled anew for every example (and every use, if the layer is reused)."""
-
-    path: str = ""
-
-    local = True
 
 
 def flat_weights(
@@ -204,21 +99,6 @@ def flat_weights(
         for parameter_name in names:
             _leave_placeholder(net, parameter_name, parameter)
     return sites
-
-
-def noise_sites(net: nn.Module, sites: Iterable[Site] = ()) -> list[Site]:
-    """A site with no posterior of its own for every hole of `net` that no given site fills."""
-    covered = {site.path for site in sites if isinstance(site, NoiseSite)}
-    return [
-        NoiseSite(layer_name(path), prior=Fixed(hole.family).to(hole.value), posterior=None, path=path)
-        for path, hole in placeholders(net).items()
-        if path not in covered
-    ]
-
-
-def layer_name(path: str) -> str:
-    """The name of the layer that owns a hole: ``conv1.noise.eps -> conv1.noise``."""
-    return path.rpartition(".")[0] or path
 
 
 def _choose(net: nn.Module, where: Where | None) -> list[tuple[tuple[str, ...], nn.Parameter]]:
@@ -288,33 +168,3 @@ def _leave_placeholder(net: nn.Module, name: str, parameter: nn.Parameter) -> No
     del owner._parameters[attribute]
     hollow = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
     owner.register_buffer(attribute, hollow, persistent=False)
-
-
-def _tensor(net: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    return getattr(net.get_submodule(path), attribute)
-
-
-def join(path: str, name: str) -> str:
-    """A name inside the module at `path`; the network itself has the empty path."""
-    return f"{path}.{name}" if path else name
-
-
-def unused(name: str, taken: Container[str]) -> str:
-    """The name, or the first of ``name_1``, ``name_2``, ... that is not taken."""
-    numbered = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
-    return next(candidate for candidate in numbered if candidate not in taken)
-
-
-def unique_names(sites: Iterable[Site]) -> Mapping[str, Site]:
-    """The sites by name.
-
-    Raises:
-        ValueError: two sites share a name.
-    """
-    by_name: dict[str, Site] = {}
-    for site in sites:
-        if site.name in by_name:
-            raise ValueError(f"two sites are named {site.name!r}; expected unique names")
-        by_name[site.name] = site
-    return by_name

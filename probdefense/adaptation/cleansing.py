@@ -22,15 +22,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from probdefense.adaptation.neighbors import Bank, attacked_copy
 from probdefense.core.defense import Defense
-from probdefense.core.programs import Model
 from probdefense.core.families import Fixed
+from probdefense.core.programs import Model
 from probdefense.evaluation.protocol import gather
-from probdefense.nn.passes import input_shapes
 from probdefense.objectives import elbo
 from probdefense.progress import track
 from probdefense.rng import derive, forked
-from probdefense.types import Attack, Inputs, Labels, Logits, LogitsFn, Objective
+from probdefense.types import Attack, Inputs, Logits, LogitsFn, Objective
 from probdefense.validation import check_count, check_inputs, check_member, check_positive
 
 NORMALIZATION = nn.modules.batchnorm._NormBase
@@ -128,7 +128,7 @@ def rmc(
     _check(defense, settings, num_copies)
     x, y = gather(data)
     check_inputs(x)
-    copies = [_attacked(defense, attack, x, y, derive(seed, "copy", i)) for i in range(num_copies)]
+    copies = [attacked_copy(defense, attack, x, y, derive(seed, "copy", i)) for i in range(num_copies)]
     bank = Bank(defense, torch.cat([x, *copies]), y.repeat(1 + num_copies))
     if not 8 <= num_neighbors <= len(bank.x):
         raise ValueError(
@@ -136,32 +136,6 @@ def rmc(
             f"got {num_neighbors}"
         )
     return RMC(defense, bank, settings, adapt)
-
-
-class Bank:
-    """Labeled examples with the features of the static base, and the nearest of them to an input."""
-
-    def __init__(self, defense: Defense, x: Inputs, y: Labels):
-        self.defense, self.x, self.y = defense, x, y
-        self.layer = _last_linear(defense.net, x)
-        self.features = torch.cat([self._features(part) for part in x.split(512)])
-
-    def nearest(self, x: Inputs, count: int) -> Tensor:
-        """Indices of the nearest examples in feature space, nearest first, ``(batch, count)``."""
-        rows = [torch.cdist(self._features(part), self.features) for part in x.split(64)]
-        return torch.cat([distance.topk(count, largest=False).indices for distance in rows])
-
-    def _features(self, x: Inputs) -> Tensor:
-        """What the last linear layer of the static base receives, ``(batch, features)``."""
-        seen: list[Tensor] = []
-        layer = self.defense.net.get_submodule(self.layer)
-        handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(1)))
-        try:
-            with torch.no_grad():
-                self.defense.mean()(x)
-        finally:
-            handle.remove()
-        return seen[-1]
 
 
 class RMC:
@@ -316,26 +290,6 @@ def _check(defense: Defense, settings: Settings, num_copies: int) -> None:
     check_member("policy", settings.policy, ("carry", "reset", "decay"))
     if not 0 <= settings.decay <= 1:
         raise ValueError(f"expected decay in [0, 1], got {settings.decay}")
-
-
-def _attacked(defense: Defense, attack: Attack, x: Inputs, y: Labels, seed: int) -> Inputs:
-    """An attacked copy of the data; the base's own decisions are attacked, so labels do not leak."""
-    with forked(seed, x.device):
-        parts = []
-        for part in track(x.split(512), "attacked copy"):
-            with torch.no_grad():
-                decisions = defense.mean()(part)[0].argmax(-1)
-            parts.append(attack(defense, part, decisions))
-    return torch.cat(parts)
-
-
-def _last_linear(net: nn.Module, x: Inputs) -> str:
-    """The path of the linear layer that runs last: what it receives are the features."""
-    paths = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)]
-    order = list(input_shapes(net, paths, x)) if paths else []
-    if not order:
-        raise ValueError(f"found no linear layer in {type(net).__name__} to take features from")
-    return order[-1]
 
 
 def _local(defense: Defense, num_data: int) -> Defense:

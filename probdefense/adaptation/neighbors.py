@@ -1,4 +1,4 @@
-"""The memory of an adaptive defense: labeled examples, and the nearest of them to an input in feature space."""
+"""The memory of an adaptive defense: labeled examples, and the nearest of them in feature space."""
 
 import torch
 from torch import Tensor, nn

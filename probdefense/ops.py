@@ -22,7 +22,24 @@ def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
         >>> log_mean_exp(torch.tensor([1000.0, 1000.0]))
         tensor(1000.)
     """
-    return values.logsumexp(dim) - math.log(values.shape[dim])
+    return log_sum_exp(values, dim) - math.log(values.shape[dim])
+
+
+def log_sum_exp(values: Tensor, dim: int = 0) -> Tensor:
+    r"""$\log \sum_s e^{v_s}$; where every term is $-\infty$, so is the sum, with a gradient of zero, not NaN.
+
+    Examples:
+        >>> log_sum_exp(torch.tensor([-torch.inf, -torch.inf]))
+        tensor(-inf)
+    """
+    empty = values.isneginf().all(dim, keepdim=True)
+    total = values.masked_fill(empty, 0.0).logsumexp(dim)
+    return total.masked_fill(empty.squeeze(dim), -torch.inf)
+
+
+def exact(values: Tensor) -> Tensor:
+    """The values in double precision where the device has it: in it the margin of tiny logits survives."""
+    return values.float() if values.device.type == "mps" else values.double()
 
 
 def entropy(log_probs: Tensor) -> Tensor:
@@ -151,6 +168,10 @@ class Ball:
             return gradient.sign()
         gradient = movable(gradient, points)
         if self.norm == 2:
+            largest = per_example(lp_norm(gradient, math.inf), gradient)
+            gradient = gradient / torch.where(
+                largest > 0, largest, 1.0
+            )  # squares neither over- nor underflow
             return gradient / per_example(lp_norm(gradient, 2), gradient).clamp_min(1e-30)
         slopes = gradient.flatten(1)
         size = slopes.abs()
@@ -178,3 +199,25 @@ def _l1_in_box(delta: Tensor, x: Tensor, radius: Tensor) -> Tensor:
     threshold = (total.gather(1, passed) - budget) / moving.gather(1, passed).clamp_min(1.0)
     moved = (size - threshold.clamp_min(0.0)).clamp_min(0.0).minimum(room)
     return delta.sign() * moved.view_as(delta).to(delta.dtype)
+
+
+def reach(eps: float | Tensor, norm: Norm, size: int, dtype: torch.dtype | str) -> float | Tensor:
+    r"""How long a perturbation of norm $\epsilon$ may measure: the one tolerance of "inside the ball".
+
+    Pixels are rounded to the dtype where the perturbation is added, so the norm of what comes back
+    differs from that of what was meant, in every coordinate by up to the dtype's unit $u$:
+
+    $$ \epsilon\, (1 + \max(10^{-5}, u)) + \max(10^{-6}, u\, D^{1/p}) $$
+
+    Args:
+        eps: Radius in pixels.
+        norm: 1, 2 or ``inf``.
+        size: $D$, pixels per example.
+        dtype: Of the images, or its name.
+
+    Examples:
+        >>> 0.1 < reach(0.1, math.inf, 64, torch.float32) < 0.10001
+        True
+    """
+    unit = torch.finfo(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eps
+    return eps * (1 + max(1e-5, unit)) + max(1e-6, unit * size ** (1 / norm))

@@ -26,7 +26,7 @@ from probdefense.adaptation.neighbors import Bank, attacked_copy
 from probdefense.core.defense import Defense
 from probdefense.core.families import Fixed
 from probdefense.core.programs import Model
-from probdefense.evaluation.protocol import gather
+from probdefense.evaluation.examples import gather
 from probdefense.objectives import elbo
 from probdefense.progress import track
 from probdefense.rng import derive, forked

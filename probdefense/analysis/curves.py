@@ -186,7 +186,7 @@ def _of_report(
     found = {(row["defense"], row["eps"]): row["attack"] for row in rows}
     success = {
         name: np.stack(
-            [~report.arrays[f"correct/{name}/{found[name, r]}/{r:g}/{rule}"][0].astype(bool) for r in radii]
+            [~report.arrays.at("correct", name, found[name, r], r, rule)[0].astype(bool) for r in radii]
         )
         for name in dict.fromkeys(row["defense"] for row in rows)
     }

@@ -19,6 +19,7 @@ from probdefense.analysis.style import COLORS, MUTED
 from probdefense.checks.results import Check
 from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.report import Report, Row
+from probdefense.files import whole
 from probdefense.types import Inputs
 
 DARK = ("#56a8e0", "#f28a4b", "#3cc49a", "#e0a2c4", "#f0b84a", "#8fcbf0", "#c2a063")
@@ -108,9 +109,9 @@ def write_html(
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(folder / "report.html")
+    with whole(folder / "report.html") as place:
+        place.write_text(page, encoding="utf-8")
+    return folder / "report.html"
 
 
 def _about(report: Report) -> str:

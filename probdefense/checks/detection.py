@@ -218,11 +218,11 @@ def uncertainty(report: Report, *, score: str = "predictive_entropy", keep: floa
     rows: list[Row] = []
     clean: Tensor = torch.zeros(0)
     for defense, attack, eps in dict.fromkeys((r["defense"], r["attack"], r["eps"]) for r in report.rows):
-        y = torch.as_tensor(report.arrays[f"labels/{defense}"])
+        y = torch.as_tensor(report.arrays.at("labels", defense))
         if attack == "worst":  # a mixture of attacks that differs from rule to rule
             continue
-        log_probs = torch.as_tensor(report.arrays[f"log_probs/{defense}/{attack}/{eps:g}"])
-        expected = torch.as_tensor(report.arrays[f"expected_entropy/{defense}/{attack}/{eps:g}"])
+        log_probs = torch.as_tensor(report.arrays.at("log_probs", defense, attack, eps))
+        expected = torch.as_tensor(report.arrays.at("expected_entropy", defense, attack, eps))
         total = entropy(log_probs)
         scores = {"predictive_entropy": total, "mutual_information": (total - expected).clamp_min(0.0)}
         clean = scores[score] if attack == "clean" else clean

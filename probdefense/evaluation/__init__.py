@@ -3,7 +3,8 @@
 from probdefense.evaluation import calibration
 from probdefense.evaluation.certification import Certificate, certify
 from probdefense.evaluation.comparison import Comparison, compare, compare_all
-from probdefense.evaluation.protocol import evaluate, with_draws
+from probdefense.evaluation.points import with_draws
+from probdefense.evaluation.protocol import evaluate
 from probdefense.evaluation.report import Report
 
 __all__ = [

@@ -192,7 +192,7 @@ def _places(report: Report) -> list[Place]:
 
 
 def _correct(report: Report, place: Place) -> np.ndarray:
-    return report.arrays[f"correct/{report.defenses[0]}/{place.attack}/{place.eps:g}/{place.rule}"]
+    return report.arrays.at("correct", report.defenses[0], *place)
 
 
 def _check(side_a: list[Report], side_b: list[Report]) -> None:
@@ -214,6 +214,6 @@ def _check(side_a: list[Report], side_b: list[Report]) -> None:
         differ = [name for name in SAME if a.settings.get(name) != b.settings.get(name)]
         if differ:
             raise ValueError(f"the reports cannot be paired: {', '.join(differ)} differ")
-    labels = [report.arrays[f"labels/{report.defenses[0]}"] for report in [*side_a, *side_b]]
+    labels = [report.arrays.at("labels", report.defenses[0]) for report in [*side_a, *side_b]]
     if any(not np.array_equal(labels[0], other) for other in labels[1:]):
         raise ValueError("the reports cannot be paired: they are about other examples")

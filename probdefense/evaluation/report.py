@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from probdefense.evaluation.arrays import Arrays, radii_of
 from probdefense.evaluation.intervals import accuracy_interval
+from probdefense.files import whole
+from probdefense.ops import reach
 from probdefense.tables import format_table
 
 Row = dict[str, Any]
+
+SEAL = "report.json"
+"""Under this name the saved arrays hold the hash of the rows that they belong to."""
 
 COLUMNS = ("defense", "attack", "eps", "rule", "accuracy", "low", "high", "attack_samples", "gradients")
 
@@ -38,10 +46,13 @@ class Report:
 
     rows: list[Row]
     settings: dict[str, Any] = field(default_factory=dict)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=Arrays)
     timing: dict[str, float] = field(default_factory=dict)
 
     VERSION = 1
+
+    def __post_init__(self) -> None:
+        self.arrays = Arrays(self.arrays)
 
     def __repr__(self) -> str:
         asked = ", ".join(f"{name} {value}" for name, value in self.settings.items() if name != "versions")
@@ -62,17 +73,28 @@ class Report:
         """The rows of both, for a table of several defenses.
 
         Raises:
-            ValueError: the settings differ, so the numbers do not belong in one table.
+            TypeError: something else than a report.
+            ValueError: the settings differ, so the numbers do not belong in one table, or rows of the same
+                defense, attack, radius and rule are in both.
         """
+        if not isinstance(other, Report):
+            raise TypeError(f"expected a Report to add, got {type(other).__name__}")
         if self.settings != other.settings:
             names = [
                 k for k in self.settings | other.settings if self.settings.get(k) != other.settings.get(k)
             ]
             raise ValueError(f"reports with different settings do not add up: {', '.join(names)} differ")
+        places = {_place(row) for row in self.rows}
+        doubled = [_place(row) for row in other.rows if _place(row) in places]
+        if doubled:
+            raise ValueError(
+                f"expected reports without a row in common, both have {', '.join(map(str, doubled[0]))}; "
+                "give every evaluation a name= of its own"
+            )
         return Report(
             self.rows + other.rows,
             self.settings,
-            self.arrays | other.arrays,
+            Arrays(self.arrays | other.arrays),
             self.timing | other.timing,
         )
 
@@ -90,9 +112,8 @@ class Report:
         if defense not in self.defenses:
             raise KeyError(f"expected one of {', '.join(self.defenses)}, got {defense!r}")
         rows = [row for row in self.rows if row["defense"] == defense]
-        arrays = {k: v for k, v in self.arrays.items() if k.split("/")[1] == defense}
         timing = {k: v for k, v in self.timing.items() if k.split("/")[0] == defense}
-        return Report(rows, self.settings, arrays, timing)
+        return Report(rows, self.settings, self.arrays.only(defense), timing)
 
     def curve(
         self, attack: str, rule: str, *, defense: str | None = None, radii: Sequence[float] | None = None
@@ -114,7 +135,7 @@ class Report:
         """
         clean = self.row(attack="clean", rule=rule, **({} if defense is None else {"defense": defense}))
         name, draws = clean["defense"], clean["draws"]
-        distance = self.arrays.get(f"distance/{name}/{attack}")
+        distance = self.arrays.get(self.arrays.key("distance", name, attack))
         if distance is None:
             if radii is not None:
                 raise ValueError(f"{attack!r} has a fixed budget; run evaluate with eps={list(radii)}")
@@ -123,23 +144,28 @@ class Report:
                 raise KeyError(f"expected an attack of the report, got {attack!r}")
             kept = ("eps", "accuracy", "low", "high")
             return [{k: row[k] for k in kept} for row in [clean, *sorted(rows, key=lambda row: row["eps"])]]
-        before = self.arrays[f"correct/{name}/clean/0/{rule}"]
-        after = self.arrays[f"correct/{name}/{attack}/inf/{rule}"]
+        before = self.arrays.at("correct", name, "clean", 0.0, rule)
+        after = self.arrays.at("correct", name, attack, math.inf, rule)
         estimand = self.settings.get("estimand", "population")
-        steps = [0.0, *np.unique(distance[np.isfinite(distance)])] if radii is None else radii
-        return [
-            {"eps": float(r), **proportion(np.where(distance <= r, after, before), draws, estimand)}
-            for r in steps
-        ]
+        steps = [0.0, *np.unique(distance[np.isfinite(distance)])] if radii is None else radii_of(radii)
+        judged = [(float(r), np.where(distance <= self._reach(r), after, before)) for r in steps]
+        return [{"eps": r, **proportion(correct, draws, estimand)} for r, correct in judged]
+
+    def _reach(self, radius: float) -> float:
+        """How long a perturbation of that radius may measure."""
+        asked = self.settings
+        about = asked.get("pixels", 1), asked.get("dtype", "float32")
+        return float(reach(radius, float(asked.get("norm", "inf")), *about))
 
     def table(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as aligned text, accuracies and intervals in percent."""
         return format_table(self.rows, columns)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``report.json``, ``timing.json`` and ``arrays.npz`` into a folder, made if needed.
+        """Writes ``arrays.npz``, ``timing.json`` and ``report.json`` into a folder, made if needed.
 
-        Each file is written beside its place and moved there whole; other files stay.
+        Each file is written beside its place and moved there whole; other files stay. The arrays carry a
+        hash of the rows, so a set that was cut short is found by `load`.
 
         Raises:
             OSError: the folder cannot be written.
@@ -147,12 +173,13 @@ class Report:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = {"version": self.VERSION, "settings": self.settings, "rows": self.rows}
-        _write(folder / "report.json", json.dumps(content, indent=2, sort_keys=False) + "\n")
-        _write(folder / "timing.json", json.dumps(self.timing, indent=2) + "\n")
-        partial = folder / "arrays.npz.partial"
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **self.arrays)  # type: ignore[arg-type]
-        partial.replace(folder / "arrays.npz")
+        text = json.dumps(content, indent=2, sort_keys=False) + "\n"
+        with whole(folder / "arrays.npz") as place, place.open("wb") as file:
+            np.savez_compressed(file, **self.arrays, **{SEAL: _sealed(text)})  # type: ignore[arg-type]
+        with whole(folder / "timing.json") as place:
+            place.write_text(json.dumps(self.timing, indent=2) + "\n")
+        with whole(folder / "report.json") as place:
+            place.write_text(text)
         return folder
 
     @classmethod
@@ -161,16 +188,23 @@ class Report:
 
         Raises:
             FileNotFoundError: no report there.
-            ValueError: another version.
+            ValueError: another version, or files that do not belong together.
         """
         folder = Path(folder)
-        content = json.loads((folder / "report.json").read_text())
+        text = (folder / "report.json").read_text()
+        content = json.loads(text)
         if content.get("version") != cls.VERSION:
             raise ValueError(f"expected report version {cls.VERSION}, got {content.get('version')}")
         with np.load(folder / "arrays.npz") as arrays:
-            kept = {name: arrays[name] for name in arrays.files}
-        timing = json.loads((folder / "timing.json").read_text())
-        return cls(content["rows"], content["settings"], kept, timing)
+            kept = Arrays({name: arrays[name] for name in arrays.files})
+        if kept.pop(SEAL, None) != _sealed(text):
+            raise ValueError(
+                f"expected the files of one report in {folder}, got arrays of another; a run was interrupted "
+                "while it wrote them: evaluate and save again"
+            )
+        return cls(
+            content["rows"], content["settings"], kept, json.loads((folder / "timing.json").read_text())
+        )
 
 
 def proportion(correct: np.ndarray, draws: str = "none", estimand: str = "population") -> Row:
@@ -187,7 +221,11 @@ def proportion(correct: np.ndarray, draws: str = "none", estimand: str = "popula
     return {"accuracy": float(correct.mean()), "low": float(low), "high": float(high)}
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def _place(row: Row) -> tuple[Any, ...]:
+    """What names a number."""
+    return tuple(row.get(name) for name in ("defense", "attack", "eps", "rule"))
+
+
+def _sealed(text: str) -> np.ndarray:
+    """What ties the arrays to the text of their ``report.json``."""
+    return np.array(hashlib.sha256(text.encode()).hexdigest())

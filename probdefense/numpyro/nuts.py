@@ -24,7 +24,8 @@ from probdefense.core.replayed import own_params
 from probdefense.core.sites import WeightSite, join
 from probdefense.defenses.bayesian import bayesian
 from probdefense.defenses.host import host
-from probdefense.evaluation.protocol import evaluate, gather
+from probdefense.evaluation.examples import gather
+from probdefense.evaluation.protocol import evaluate
 from probdefense.evaluation.report import Report
 from probdefense.numpyro.chains import run_chains
 from probdefense.numpyro.kept import with_kept

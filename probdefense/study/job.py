@@ -21,8 +21,10 @@ from probdefense.core.defense import Defense
 from probdefense.data import Split
 from probdefense.evaluation.certification import Certificate, certify
 from probdefense.evaluation.comparison import Comparison, compare_all
-from probdefense.evaluation.protocol import evaluate, gather
+from probdefense.evaluation.examples import gather
+from probdefense.evaluation.protocol import evaluate
 from probdefense.evaluation.report import Report, Row
+from probdefense.files import whole
 from probdefense.prediction.drawing import is_adaptive
 from probdefense.rng import derive
 from probdefense.study.opponents import Opponent, attack_names, named_attack
@@ -228,7 +230,7 @@ def _compared(report: Report) -> Comparison | None:
 
 def _seen(report: Report, name: str) -> int:
     """How many images a defense was judged on."""
-    return len(report.arrays[f"labels/{name}"])
+    return len(report.arrays.at("labels", name))
 
 
 def _grid(
@@ -257,10 +259,8 @@ def write(result: Result, folder: Path) -> list[str]:
     report = result.report
     report.save(folder)
     figure = analysis.accuracy_chart(report).figure
-    _replace(
-        folder / "robustness.png",
-        lambda path: figure.savefig(path, format="png", dpi=150, bbox_inches="tight"),
-    )
+    with whole(folder / "robustness.png") as place:
+        figure.savefig(place, format="png", dpi=150, bbox_inches="tight")
     analysis.write_html(
         report,
         folder,
@@ -277,7 +277,8 @@ def write(result: Result, folder: Path) -> list[str]:
     name = "adv_bnn" if "adv_bnn" in random else random[-1]
     x, y = (part[:ARVIZ_IMAGES] for part in result.test)
     tree = analysis.to_arviz(result.made[name], (x, y))
-    _replace(folder / "posterior.nc", lambda path: tree.to_netcdf(str(path)))
+    with whole(folder / "posterior.nc") as place:
+        tree.to_netcdf(str(place))
     return [*written, "posterior.nc"]
 
 
@@ -286,13 +287,6 @@ def certified(result: Result, name: str) -> list[Row]:
     certificate = result.certificates[name]
     radii = [step * certificate.sigma for step in (0.0, 0.5, 1.0, 1.5, 2.0)]
     return certificate.curve(result.test[1][: len(certificate.label)], radii)
-
-
-def _replace(path: Path, save: Callable[[Path], Any]) -> None:
-    """Saves beside the place and moves there whole."""
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    partial.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from probdefense import attacks
 from probdefense.attacks.bpda import Surrogate
 from probdefense.core.defense import Defense
 from probdefense.defenses.jump_relu import surrogates
-from probdefense.evaluation.protocol import with_draws
+from probdefense.evaluation.points import with_draws
 from probdefense.logits.losses import dlr, predictive_cross_entropy
 from probdefense.nn import BReLU, JumpReLU
 from probdefense.prediction.drawing import is_adaptive

@@ -1,0 +1,198 @@
+"""From examples to points: runs an attack as configured, and refuses what no attack may return."""
+
+import inspect
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from probdefense.evaluation.arrays import exact
+from probdefense.logits.adapters import Samples, as_logits_fn, counted
+from probdefense.ops import lp_norm, reach
+from probdefense.rng import derive, forked, hash_keys
+from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm
+from probdefense.validation import check_count
+
+ATTACK_SAMPLES = 16
+"""Draws per attack call on a random defense, unless `with_draws` says otherwise."""
+
+ALIKE = 4
+"""So many points that lie at one distance speak of a fixed radius."""
+
+
+@dataclass(frozen=True)
+class WithDraws:
+    """An attack and the number of draws per call with which it sees a random defense."""
+
+    attack: Attack
+    num_samples: int
+
+    def __call__(self, logits_fn: LogitsFn, x: Inputs, y: Labels, **options: Any) -> Inputs:
+        """The attack on the function with that number of draws."""
+        return self.attack(Samples(as_logits_fn(logits_fn), self.num_samples), x, y, **options)
+
+
+def with_draws(attack: Attack, num_samples: int) -> WithDraws:
+    """An attack that sees a random defense with a given number of draws per call.
+
+    Args:
+        attack: Any attack.
+        num_samples: 1 for one draw per step, more for expectation over transformation.
+
+    Returns:
+        An attack with the options of `attack`.
+
+    Raises:
+        TypeError: something that cannot be called.
+        ValueError: `num_samples` below 1.
+
+    Examples:
+        >>> import probdefense as pd
+        >>> with_draws(pd.attacks.pgd, 16).num_samples
+        16
+    """
+    check_count("num_samples", num_samples)
+    if not callable(attack):
+        raise TypeError(f"expected an attack (logits_fn, x, y, ...) -> x_adv, got {type(attack).__name__}")
+    return WithDraws(attack, num_samples)
+
+
+class Threat(NamedTuple):
+    """The threat model of an evaluation: a norm and the radii of its balls, in pixels."""
+
+    norm: Norm
+    radii: tuple[float, ...]
+
+    def inside(self, distance: Tensor, radius: float, x: Inputs) -> Tensor:
+        """Which of the measured distances count as within a radius, by the one tolerance there is."""
+        return distance <= reach(radius, self.norm, x[0].numel(), x.dtype)
+
+
+class Spent(NamedTuple):
+    """What an attack cost: draws per call, evaluations in example x draw, and seconds."""
+
+    attack_samples: int | None = None
+    queries: int = 0
+    gradients: int = 0
+    seconds: float = 0.0
+
+
+class Found(NamedTuple):
+    """The points of one run, ``(batch, *event)``, and their distances, ``(batch,)``.
+
+    ``eps`` is the radius that the attack kept to, infinity if it has none.
+    """
+
+    eps: float
+    points: Inputs
+    distance: Tensor
+    spent: Spent
+
+
+def attacked(
+    logits_fn: LogitsFn, x: Inputs, y: Labels, label: str, attack: Attack, threat: Threat, seed: int
+) -> Iterator[Found]:
+    """The attack's points: at every radius, at the one that it fixes itself, or without a budget.
+
+    Raises:
+        ValueError: an attack in another norm or with a larger radius than was asked for, or points that
+            no attack may return.
+    """
+    for eps, options in runs(label, attack, threat):
+        points, spent = _run(logits_fn, x, y, label, attack, options, seed)
+        distance = _checked(points, x, eps, threat, label)
+        yield Found(eps, points, distance, spent)
+
+
+def runs(label: str, attack: Attack, threat: Threat) -> list[tuple[float, dict[str, Any]]]:
+    """The radius and the options of every run of an attack.
+
+    Raises:
+        ValueError: an attack that fixes another norm, or a radius beyond those asked for.
+    """
+    free, fixed = configuration(attack)
+    budget = "eps" in free or "eps" in fixed
+    if budget and fixed.get("norm", threat.norm) != threat.norm:
+        raise ValueError(
+            f"attack {label!r} fixes norm={fixed['norm']}, this evaluation is about norm={threat.norm}; "
+            "leave norm out of its partial, or evaluate with that norm"
+        )
+    options = {"norm": threat.norm} if budget and "norm" in free else {}
+    if "eps" in free:
+        return [(radius, {**options, "eps": radius}) for radius in threat.radii]
+    eps = fixed.get("eps")
+    if not isinstance(eps, int | float) and not (isinstance(eps, Tensor) and eps.dim() == 0):
+        return [(math.inf, options)]
+    if float(eps) > max(threat.radii):
+        raise ValueError(
+            f"attack {label!r} fixes eps={float(eps):g}, beyond eps={max(threat.radii):g} of this "
+            "evaluation; leave eps out of its partial, or evaluate at that radius"
+        )
+    return [(float(eps), options)]
+
+
+def configuration(attack: Attack) -> tuple[set[str], dict[str, Any]]:
+    """The keywords that an attack still takes, and those that its user has fixed with ``partial``."""
+    fixed: dict[str, Any] = {}
+    while isinstance(attack, partial | WithDraws):
+        if isinstance(attack, partial):
+            fixed = {**attack.keywords, **fixed}
+            attack = attack.func
+        else:
+            attack = attack.attack
+    return set(inspect.signature(attack).parameters) - set(fixed), fixed
+
+
+def _draws(attack: Attack) -> int:
+    """Draws per call with which an attack sees a random defense."""
+    while isinstance(attack, partial):
+        attack = attack.func
+    return attack.num_samples if isinstance(attack, WithDraws) else ATTACK_SAMPLES
+
+
+def _run(
+    logits_fn: LogitsFn, x: Inputs, y: Labels, label: str, attack: Attack, options: dict[str, Any], seed: int
+) -> tuple[Inputs, Spent]:
+    key, num_samples = derive(seed, "attack", label), _draws(attack)
+    if "seed" in configuration(attack)[0]:
+        options = {**options, "seed": hash_keys(key, torch.arange(len(x), device=x.device))}
+    cost, start = counted(logits_fn), time.perf_counter()
+    seen = cost.samples(num_samples) if hasattr(cost, "samples") else Samples(cost, num_samples)
+    with forked(key, x.device):
+        points = attack(seen, x.clone(), y.clone(), **options)
+    seconds = time.perf_counter() - start
+    if not isinstance(points, Tensor):
+        raise TypeError(f"attack {label!r} returned {type(points).__name__}, expected a tensor of points")
+    drawn = num_samples if logits_fn.stochastic else 1
+    return points.detach(), Spent(drawn, cost.queries, cost.gradients, seconds)
+
+
+def _checked(points: Inputs, x: Inputs, eps: float, threat: Threat, label: str) -> Tensor:
+    """How far every point is, ``(batch,)``.
+
+    Raises:
+        ValueError: another shape, NaN, outside [0, 1], outside the ball, or all at one larger radius.
+    """
+    if points.shape != x.shape:
+        raise ValueError(f"attack {label!r} returned shape {tuple(points.shape)}, expected {tuple(x.shape)}")
+    if not bool(torch.isfinite(points).all()) or float(points.min()) < 0 or float(points.max()) > 1:
+        raise ValueError(f"attack {label!r} returned points outside the box [0, 1]; clamp them")
+    distance = lp_norm((points.double() - x.double()), threat.norm)
+    norm, largest = exact(threat.norm), float(distance.max())
+    if not bool(threat.inside(distance, eps, x).all()):
+        raise ValueError(
+            f"attack {label!r} left the ball: it returned a perturbation of norm {largest:.6g}, "
+            f"expected at most eps={exact(eps)} in the {norm} norm; project its points"
+        )
+    beyond = distance[~threat.inside(distance, max(threat.radii), x)]
+    if len(beyond) >= ALIKE and 2 * int((beyond >= largest * (1 - 1e-4)).sum()) > int((distance > 0).sum()):
+        raise ValueError(
+            f"attack {label!r} takes no eps, and most of its points lie at {largest:.6g} in the {norm} norm, "
+            f"beyond eps={max(threat.radii):g}: it seems to fix a larger radius; give it the radius as eps="
+        )
+    return distance

@@ -1,0 +1,78 @@
+"""Reports that stay whole: what is saved belongs together, what is added does not overlap."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import probdefense as pd
+from probdefense.files import whole
+from tests.contract import defended
+from tests.worlds import tiny_batch
+
+
+def report(name="defense", seed=0, count=6):
+    return pd.evaluate(
+        defended("rse"), tiny_batch(count), {"fgsm": pd.attacks.fgsm}, num_samples=4, name=name, seed=seed
+    )
+
+
+def test_overlapping_rows_are_refused():
+    one = report()
+    for other in (one, report()):
+        with pytest.raises(ValueError, match=r"both have defense, clean, 0\.0, mean_prob; give every"):
+            one + other
+    with pytest.raises(TypeError, match="expected a Report to add, got int"):
+        one + 1
+    both = one + report("other")
+    assert len(both.rows) == 2 * len(one.rows) and len(both.arrays) == 2 * len(one.arrays)
+
+
+@pytest.mark.parametrize("old", ["report.json", "arrays.npz"])
+def test_a_mixture_of_two_runs_is_refused(tmp_path, old):
+    first, second = report(count=6), report(count=7)
+    first.save(tmp_path / "first")
+    second.save(tmp_path / "second")
+    shutil.copy(tmp_path / "first" / old, tmp_path / "second" / old)
+    with pytest.raises(ValueError, match="expected the files of one report"):
+        pd.Report.load(tmp_path / "second")
+
+
+def test_a_save_that_is_cut_short_is_found_and_leaves_no_scraps(tmp_path, monkeypatch):
+    report(count=6).save(tmp_path)
+    dumps = json.dumps
+    monkeypatch.setattr(np, "savez_compressed", lambda *args, **arrays: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        report(count=7).save(tmp_path)
+    monkeypatch.undo()
+    assert len(pd.Report.load(tmp_path).arrays["labels/defense"]) == 6  # the old set is still whole
+
+    def dies_at_the_timing(value, **options):
+        if "version" not in value:
+            raise KeyboardInterrupt
+        return dumps(value, **options)
+
+    monkeypatch.setattr(json, "dumps", dies_at_the_timing)
+    with pytest.raises(KeyboardInterrupt):
+        report(count=7).save(tmp_path)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(ValueError, match="evaluate and save again"):
+        pd.Report.load(tmp_path)
+
+
+def test_the_same_numbers_are_the_same_bytes(tmp_path):
+    for folder in ("a", "b"):
+        report().save(tmp_path / folder)
+    for name in ("report.json", "arrays.npz"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    with whole(tmp_path / "a.txt") as place:
+        place.write_text("a")
+    with pytest.raises(RuntimeError), whole(tmp_path / "b.txt") as place:
+        place.write_text("half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -177,8 +177,9 @@ def _of_prediction(prediction: Prediction, y: Labels | None, num_samples: int, s
 
 
 def _of_report(report: Report, num_samples: int, seed: int) -> Any:
-    labels = [f"{row['defense']}/{row['attack']}/{row['eps']:g}/{row['rule']}" for row in report.rows]
-    correct = [report.arrays[f"correct/{label}"] for label in labels]
+    place = ("defense", "attack", "eps", "rule")
+    labels = [report.arrays.key(*(row[name] for name in place)) for row in report.rows]
+    correct = [report.arrays.at("correct", label) for label in labels]
     sizes = {verdicts.shape[1] for verdicts in correct}
     if len(sizes) != 1:
         raise ValueError(f"expected rows on the same examples, got {sorted(sizes)} examples")

@@ -1,8 +1,9 @@
 """Data sets in pixels [0, 1]: digits offline, the others through torchvision from a folder you name."""
 
+import gzip
 import importlib
 import os
-import re
+import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from torch.utils.data import TensorDataset
 
 from probdefense.validation import check_member
 
-_DECLARED = torch.library.Library("torchvision", "FRAGMENT")
+IDX = ("mnist", "fashion-mnist")
+"""Data sets whose files need no torchvision to be read."""
 
 
 class Split(NamedTuple):
@@ -81,7 +83,8 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Split:
         ``(train, test)``.
 
     Raises:
-        ValueError: unknown name, or no folder given.
+        ValueError: unknown name, no folder given, or files that hold something else.
+        ImportError: the data set needs torchvision, whose build does not fit the installed torch.
         FileNotFoundError: the data are neither there nor to be downloaded; the message says what goes where.
 
     Examples:
@@ -97,41 +100,70 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Split:
             f"{name} needs a folder; pass --data-root (root=) or set PROBDEFENSE_DATA to the folder "
             "that holds, or may receive, the data"
         )
-    return Split(*(_from_torchvision(name, Path(root), train) for train in (True, False)))
+    return Split(*(_read(name, Path(root), train) for train in (True, False)))
+
+
+def _read(name: str, root: Path, train: bool) -> TensorDataset:
+    """One part of a data set: idx files are read as they lie there, the rest is torchvision's."""
+    raw, part = root / SOURCES[name].torchvision / "raw", "train" if train else "t10k"
+    paths = [raw / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    if name in IDX and all(_lies_there(path) for path in paths):
+        images, labels = (_idx(path) for path in paths)
+        if len(images) != len(labels):
+            raise ValueError(f"expected a label per image in {raw}, got {len(images)} and {len(labels)}")
+        return TensorDataset(_pixels(images, name), labels.long())
+    return _from_torchvision(name, root, train)
+
+
+def _lies_there(path: Path) -> bool:
+    return path.is_file() or path.with_name(path.name + ".gz").is_file()
+
+
+def _idx(path: Path) -> Tensor:
+    """The bytes of an idx file, packed or not, in the shape that its header gives."""
+    packed = path.with_name(path.name + ".gz")
+    try:
+        content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
+        shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, 4 + 4 * content[3], 4)]
+        return torch.frombuffer(bytearray(content[4 + 4 * len(shape) :]), dtype=torch.uint8).view(shape)
+    except (OSError, EOFError, IndexError, ValueError, RuntimeError, zlib.error) as error:
+        raise ValueError(f"expected an idx file in {path}, got something else or a part of one") from error
 
 
 def _from_torchvision(name: str, root: Path, train: bool) -> TensorDataset:
-    kind = getattr(import_torchvision().datasets, SOURCES[name].torchvision)
     part = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
+    absent = f"{name} is not in {root} and could not be downloaded; put {_expected(name)} there"
+    try:
+        kind = getattr(import_torchvision().datasets, SOURCES[name].torchvision)
+    except ImportError as error:
+        if name in IDX:
+            raise FileNotFoundError(absent) from error
+        raise
     try:
         found = kind(str(root), download=False, **part)
     except RuntimeError:
         try:
             found = kind(str(root), download=True, **part)
         except Exception as error:
-            raise FileNotFoundError(
-                f"{name} is not in {root} and could not be downloaded; put {_expected(name)} there"
-            ) from error
+            raise FileNotFoundError(absent) from error
     images = torch.as_tensor(found.data)
     labels = found.targets if hasattr(found, "targets") else found.labels
     return TensorDataset(_pixels(images, name), torch.as_tensor(labels, dtype=torch.int64))
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled operators do not match the installed build of torch.
+    """torchvision, or one sentence that says why not.
 
-    A wheel compiled for CUDA beside a CPU build of torch fails to import, because it describes
-    operators that were not loaded. Data sets and networks do not use them, so they are declared.
+    Raises:
+        ImportError: it is not there, or its build does not fit the installed torch.
     """
-    for _ in range(10):
-        try:
-            return importlib.import_module("torchvision")
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            _DECLARED.define(f"{missing[1]}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    raise ImportError("torchvision does not fit the installed torch; install matching versions")
+    try:
+        return importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"torchvision does not import beside torch {torch.__version__} ({error}); install the build that "
+            "was made for this torch"
+        ) from error
 
 
 def _pixels(images: Tensor, name: str) -> Tensor:

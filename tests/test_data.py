@@ -1,9 +1,14 @@
 """Data sets: shapes, ranges, stable splits, and errors that say what to put where."""
 
+import gzip
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from probdefense import data
+from tests.worlds import import_torchvision
 
 
 def test_digits_split_is_stable_and_balanced():
@@ -31,23 +36,78 @@ def test_absent_data_say_what_to_put_where(tmp_path, monkeypatch):
         raise OSError("no route")
 
     for name in ("MNIST", "CIFAR10"):
-        monkeypatch.setattr(getattr(data.import_torchvision().datasets, name), "download", no_network)
+        monkeypatch.setattr(getattr(import_torchvision().datasets, name), "download", no_network)
     with pytest.raises(FileNotFoundError, match="put the four idx files in MNIST/raw there"):
         data.load("mnist", tmp_path)
     with pytest.raises(FileNotFoundError, match="cifar-10-batches-py"):
         data.load("cifar10", tmp_path)
 
 
-def test_mnist_loads_from_raw_files(tmp_path):
+def write_mnist(raw, images=5, labels=5, cut=0, packed=False):
+    """A small MNIST in idx files."""
+    raw.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "t10k"):
+        pixels = torch.arange(images * 784).remainder(256).to(torch.uint8).numpy().tobytes()
+        header = b"".join(n.to_bytes(4, "big") for n in (2051, images, 28, 28))
+        content = (header + pixels)[: len(header) + len(pixels) - cut]
+        name = f"{part}-images-idx3-ubyte"
+        (raw / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+        header = b"".join(n.to_bytes(4, "big") for n in (2049, labels))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(range(labels)))
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_are_read_without_torchvision(tmp_path, name, folder, packed):
+    write_mnist(tmp_path / folder / "raw", packed=packed)
+    code = (
+        "import sys, probdefense as pd\n"
+        f"train, test = pd.data.load({name!r}, {str(tmp_path)!r})\n"
+        "x, y = train.tensors\n"
+        "print(tuple(x.shape), float(x.max()), y.tolist(), len(test), 'torchvision' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "(5, 1, 28, 28) 1.0 [0, 1, 2, 3, 4] 5 False"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"labels": 4}, "expected a label per image in .*raw, got 5 and 4"),
+        ({"cut": 100}, "expected an idx file in .*train-images-idx3-ubyte, got something else or a part"),
+        ({"cut": 4000}, "got something else or a part of one"),
+    ],
+)
+def test_broken_idx_files_are_named(tmp_path, options, message):
+    write_mnist(tmp_path / "MNIST" / "raw", **options)
+    with pytest.raises(ValueError, match=message):
+        data.load("mnist", tmp_path)
+
+
+def test_a_truncated_packed_file_is_named(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, count in (("train", 5), ("t10k", 3)):
-        images = torch.arange(count * 784).remainder(256).to(torch.uint8).view(count, 28, 28)
-        header = b"".join(n.to_bytes(4, "big") for n in (2051, count, 28, 28))
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
-        labels = bytes(range(count))
-        header = b"".join(n.to_bytes(4, "big") for n in (2049, count))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels)
-    train, test = data.load("mnist", tmp_path)
-    assert train.tensors[0].shape == (5, 1, 28, 28) and test.tensors[1].tolist() == [0, 1, 2]
-    assert float(train.tensors[0].max()) == 1.0
+    write_mnist(raw, packed=True)
+    path = raw / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+        data.load("mnist", tmp_path)
+
+
+def test_a_torchvision_that_does_not_fit_is_one_sentence(tmp_path, monkeypatch):
+    def misfit(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(data.importlib, "import_module", misfit)
+    with pytest.raises(ImportError, match="torchvision does not import beside torch .* install the build"):
+        data.load("cifar10", tmp_path)
+    with pytest.raises(FileNotFoundError, match="put the four idx files in MNIST/raw there"):
+        data.load("mnist", tmp_path)
+
+
+def test_importing_us_declares_nothing_in_torch():
+    code = (
+        "import torch, probdefense\n"
+        "print([s for s in torch._C._dispatch_get_all_op_names() if s.startswith('torchvision')])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"

@@ -58,7 +58,7 @@ def compare(
             )
         )
         _check_writable(out)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     if request.quick and request.data == "digits":
         job.use_one_thread()

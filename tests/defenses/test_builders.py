@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 import probdefense as pd
-from probdefense.data import import_torchvision
 from probdefense.nn.passes import execution_order, input_shapes
 from probdefense.objectives import elbo
-from tests.worlds import tiny_batch, tiny_net
+from tests.worlds import import_torchvision, tiny_batch, tiny_net
 
 
 def noise_layers(defense):

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 import probdefense as pd
 from probdefense.attacks.bpda import bpda
-from probdefense.data import import_torchvision
 from probdefense.defenses import brelu, jump_relu, quantiles, surrogates, tune_kappa
 from probdefense.nn import BReLU, JumpReLU, MarginalJumpReLU, smoothed_jump
-from tests.worlds import monte_carlo_tolerance, tiny_batch, tiny_net
+from tests.worlds import import_torchvision, monte_carlo_tolerance, tiny_batch, tiny_net
 
 
 class Functional(nn.Module):

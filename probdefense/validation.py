@@ -154,3 +154,28 @@ def check_member(name: str, value: str, known: Any) -> None:
     """
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
+
+
+def check_finite_logits(logits: Tensor, where: str, examples: Tensor | None = None) -> None:
+    """Refuses NaN and +inf; -inf rules a class out and is welcome unless it rules out all of them.
+
+    Args:
+        logits: ``(..., batch, classes)``.
+        where: For the message: who asked.
+        examples: Numbers of the examples, where the rows are they, several times over.
+
+    Raises:
+        FloatingPointError: naming how many examples and which.
+    """
+    top = logits.detach().amax(-1)  # NaN wins, +inf wins, and -inf is left only where nothing else is
+    if bool(torch.isfinite(top).all()):
+        return
+    batch = top.shape[-1]
+    bad = (~torch.isfinite(top)).reshape(-1, batch).any(0).nonzero().flatten().cpu()
+    if examples is not None and batch % len(examples) == 0:
+        batch, bad = len(examples), examples.cpu()[bad % len(examples)].unique()
+    raise FloatingPointError(
+        f"NaN or infinite logits in {where} for {len(bad)} of {batch} examples, {bad[:10].tolist()}; "
+        "expected finite logits, or -inf for classes that are ruled out, though not for all; check the "
+        "network for log, sqrt or division at 0 and for overflow"
+    )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from probdefense.attacks.tools.border import attack
-from probdefense.attacks.tools.gradient import Gradient, input_gradient
+from probdefense.attacks.tools.gradient import Gradient, ask, input_gradient
 from probdefense.attacks.tools.selection import Best, Goal, check_active_set, remaining_margin
 from probdefense.logits.losses import expected_cross_entropy
 from probdefense.logits.rules import mean_prob
@@ -266,7 +266,6 @@ def _periods(num_steps: int, norm: Norm) -> dict[int, int]:
 
 def _likely_wrong(logits_fn: LogitsFn, x: Inputs, y: Labels, count: int) -> Sequence[Labels]:
     """The most likely wrong classes, each ``(batch,)``, most likely first."""
-    with torch.no_grad():
-        scores = mean_prob(logits_fn(x))
+    scores = mean_prob(ask(logits_fn, x))
     truth = one_hot(y, scores.shape[-1]).bool()
     return scores.masked_fill(truth, -torch.inf).topk(min(count, scores.shape[-1] - 1)).indices.unbind(1)

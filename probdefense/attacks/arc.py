@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from probdefense.attacks.tools.border import attack
-from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.attacks.tools.gradient import ask, input_gradient
 from probdefense.attacks.tools.settle import surrogate
-from probdefense.logits.rules import score_margin
+from probdefense.logits.rules import score_margin, spread
 from probdefense.ops import Ball, lp_norm, per_example
 from probdefense.progress import track
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, Norm, Seed
@@ -101,12 +101,12 @@ class Boundaries(NamedTuple):
 
 def _boundaries(members: LogitsFn, points: Inputs, y: Labels, ball: Ball, number: int) -> Boundaries:
     """The nearest boundary of every member, from one copy of the points for each."""
-    with torch.no_grad():
-        count = len(members(points))
+    answers = ask(members, points)
+    count, unit = len(answers), spread(answers).clamp_min(torch.finfo(answers.dtype).tiny).flatten()
 
     def behind(logits: Logits) -> Tensor:
         own = logits.unflatten(1, (count, len(y))).diagonal().movedim(-1, 0)
-        return -score_margin(own, y).flatten()
+        return -score_margin(own, y).flatten() / unit
 
     copies = points.repeat(count, *[1] * (points.dim() - 1))
     slope = input_gradient(members, copies, behind, where=f"arc, step {number}")
@@ -164,5 +164,4 @@ def _share(move: Tensor, distance: Tensor, normal: Tensor, ball: Ball, length: T
 
 def _share_right(members: LogitsFn, points: Inputs, y: Labels) -> Tensor:
     """The share of members that are right, ``(batch,)``."""
-    with torch.no_grad():
-        return (score_margin(members(points), y) > 0).to(points.dtype).mean(0)
+    return (score_margin(ask(members, points), y) > 0).to(points.dtype).mean(0)

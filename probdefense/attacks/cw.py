@@ -80,7 +80,7 @@ def cw(
         >>> x_adv = cw(net, torch.rand(2, 4), torch.tensor([0, 1]), num_steps=5, num_searches=2)
     """
     goal = Goal(y, target, loss, rule, sure=logits_fn.stochastic)
-    found = cheapest(
+    found, goal = cheapest(
         surrogate(logits_fn, "cw"),
         x,
         goal,

@@ -11,7 +11,7 @@ $$ \epsilon_{t+1} = (1 \mp \gamma)\, \epsilon_t, \qquad
 import torch
 
 from probdefense.attacks.tools.border import attack
-from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.attacks.tools.gradient import ask, input_gradient
 from probdefense.attacks.tools.selection import Closest, Goal
 from probdefense.attacks.tools.settle import settle, surrogate
 from probdefense.logits.losses import predictive_log_odds
@@ -68,7 +68,7 @@ def ddn(
         >>> x_adv = ddn(net, torch.rand(2, 4), torch.tensor([0, 1]), num_steps=5)
     """
     function, closest = surrogate(logits_fn, "ddn"), Closest(x, 2)
-    goal = Goal(y, target, loss, rule, sure=logits_fn.stochastic)
+    goal = Goal(y, target, loss, rule, sure=logits_fn.stochastic).measured(ask(function, x))
     points, ball = x, Ball(x, init_eps, 2)
     eps = torch.full((len(x),), init_eps, dtype=x.dtype, device=x.device)
     for number in range(num_steps):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from probdefense.attacks.tools.border import attack
-from probdefense.attacks.tools.gradient import input_jacobian
+from probdefense.attacks.tools.gradient import ask, input_jacobian
 from probdefense.attacks.tools.selection import Closest, Goal
 from probdefense.attacks.tools.settle import settle, surrogate
 from probdefense.logits.rules import mean_prob
@@ -72,18 +72,18 @@ def deepfool(
     if norm == 1:
         raise ValueError("expected norm 2 or math.inf for deepfool, got 1; ead and fmn have an L1 form")
     function, closest = surrogate(logits_fn, "deepfool"), Closest(x, norm)
-    goal = Goal(y, rule=rule, sure=logits_fn.stochastic)
+    goal = Goal(y, rule=rule, sure=logits_fn.stochastic).measured(ask(function, x))
     rows, points = closest.rows, x
     for number in range(num_steps):
         wanted = goal.take(rows)
 
-        def leads(logits: Logits, y: Labels = wanted.y) -> Tensor:
-            return _leads(logits, y, num_candidates)
+        def leads(logits: Logits, wanted: Goal = wanted) -> Tensor:
+            return _leads(logits, wanted, num_candidates)
 
         slope = input_jacobian(function, points, leads, where=f"deepfool, step {number}")
         wrong = wanted.remaining(slope.logits) <= 0
         closest.offer(points, wrong, rows)
-        behind = wanted.slack(slope.logits) - slope.value
+        behind = wanted.slack(slope.logits).to(x.dtype) - slope.value
         moved = points + (1 + overshoot) * _to_nearest(slope.gradient, behind, points, norm)
         rows, points = rows[~wrong], moved[~wrong].clamp(0.0, 1.0)
         if len(rows) == 0:
@@ -92,12 +92,13 @@ def deepfool(
     return settle(logits_fn, x, closest.x, goal)
 
 
-def _leads(logits: Logits, y: Labels, count: int) -> Tensor:
+def _leads(logits: Logits, goal: Goal, count: int) -> Tensor:
     """How far the most likely wrong classes are ahead of the true one, ``(batch, count)``."""
+    logits, factor = goal.standard(logits)
     scores = mean_prob(logits)
-    truth = one_hot(y, scores.shape[-1]).bool()
+    truth = one_hot(goal.y, scores.shape[-1]).bool()
     rivals = scores.masked_fill(truth, -torch.inf).topk(min(count, scores.shape[-1] - 1), dim=-1).values
-    return rivals - scores.gather(1, y.unsqueeze(1))
+    return (rivals - scores.gather(1, goal.y.unsqueeze(1))) * torch.as_tensor(factor).unsqueeze(-1)
 
 
 def _to_nearest(slopes: Tensor, behind: Tensor, points: Inputs, norm: Norm) -> Tensor:
@@ -105,5 +106,6 @@ def _to_nearest(slopes: Tensor, behind: Tensor, points: Inputs, norm: Norm) -> T
     free = movable(slopes, points)
     steepness = torch.stack([lp_norm(slope, {2: 2, math.inf: 1}[norm]) for slope in free])
     distance, nearest = (behind.clamp_min(0.0) / steepness.clamp_min(1e-12)).min(0)
+    distance = torch.where(distance.isinf(), 0.0, distance)  # every candidate is ruled out
     chosen = free[nearest, torch.arange(len(points), device=points.device)]
     return per_example(distance, points) * Ball(points, 0.0, norm).steepest(chosen, points)

@@ -76,7 +76,7 @@ def ead(
         >>> x_adv = ead(net, torch.rand(2, 4), torch.tensor([0, 1]), num_steps=5, num_searches=2)
     """
     goal = Goal(y, target, loss, rule, sure=logits_fn.stochastic)
-    found = cheapest(
+    found, goal = cheapest(
         surrogate(logits_fn, "ead"),
         x,
         goal,

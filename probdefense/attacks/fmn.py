@@ -11,7 +11,7 @@ import math
 import torch
 
 from probdefense.attacks.tools.border import attack
-from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.attacks.tools.gradient import ask, input_gradient
 from probdefense.attacks.tools.selection import Closest, Goal
 from probdefense.attacks.tools.settle import settle, surrogate
 from probdefense.logits.losses import predictive_log_odds
@@ -72,7 +72,7 @@ def fmn(
         >>> x_adv = fmn(net, torch.rand(2, 4), torch.tensor([0, 1]), norm=math.inf, num_steps=5)
     """
     function, closest = surrogate(logits_fn, "fmn"), Closest(x, norm)
-    goal = Goal(y, target, loss, rule, sure=logits_fn.stochastic)
+    goal = Goal(y, target, loss, rule, sure=logits_fn.stochastic).measured(ask(function, x))
     points, eps = x, torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for number in range(num_steps):
         slope = input_gradient(function, points, goal.climbed, where=f"fmn, step {number}")

@@ -93,7 +93,8 @@ def hop_skip_jump(
         step = per_example(lp_norm(points - x, norm) / math.sqrt(number), x)
         ahead = _leap(queries, points, step * Ball(x, 0.0, norm).steepest(normal, points))
         points = _bisect(queries, x, ahead, norm)
-    return settle(logits_fn if frozen else queries, x, points, goal._replace(sure=logits_fn.stochastic))
+    goal = queries.goal._replace(sure=logits_fn.stochastic)
+    return settle(logits_fn if frozen else queries, x, points, goal)
 
 
 def _plan(queries: Queries, num_directions: int) -> list[int]:

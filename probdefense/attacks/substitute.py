@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from probdefense.attacks.pgd import pgd
 from probdefense.attacks.tools.border import attack
-from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.attacks.tools.gradient import ask, input_gradient
 from probdefense.logits.adapters import Static
 from probdefense.logits.rules import vote
 from probdefense.progress import track
@@ -103,8 +103,7 @@ def substitute(
 
 
 def _answers(logits_fn: LogitsFn, points: Inputs, rule: Rule) -> Tensor:
-    with torch.no_grad():
-        return rule(logits_fn(points))
+    return rule(ask(logits_fn, points))
 
 
 def _perceptron(size: int, num_classes: int) -> nn.Module:

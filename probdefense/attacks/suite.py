@@ -20,6 +20,7 @@ from probdefense.attacks.fmn import fmn
 from probdefense.attacks.pgd import pgd
 from probdefense.attacks.square import square
 from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import ask
 from probdefense.attacks.tools.selection import SELECTION_DRAWS, Best, Goal
 from probdefense.attacks.tools.settle import HALVINGS, HELD_OUT_DRAWS, STRIDES, held_out, surrogate
 from probdefense.attacks.transfer import transfer
@@ -30,7 +31,7 @@ from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball, lp_norm, per_example
 from probdefense.progress import track
 from probdefense.rng import Stream
-from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Rule, Seed
+from probdefense.types import Attack, Inputs, Labels, Logits, LogitsFn, Norm, Rule, Seed
 
 TARGETS = 2
 """Wrong classes that are climbed toward."""
@@ -86,28 +87,26 @@ def suite(
         >>> x_adv = suite(defense, torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), eps=0.1, seed=0)
     """
     rng, ball, best, judge = Stream.of(seed, x), Ball(x, eps, norm), Best(x), held_out(logits_fn)
-    goal = Goal(y, rule=rule, sure=logits_fn.stochastic)
-    rows = torch.arange(len(x), device=x.device)
+    rows, width = torch.arange(len(x), device=x.device), len(ask(logits_fn, x[:1], 1))
+    stages = _stages(logits_fn, norm, width)
+    judging = (HELD_OUT_DRAWS if logits_fn.stochastic else width) * (len(stages) + 1)
+    counts = _counts(stages, budget, judging + width)
+    clean = ask(judge, x)
+    goal = Goal(y, rule=rule, sure=logits_fn.stochastic).measured(clean)
 
-    def standing(points: Inputs) -> Tensor:
-        with torch.no_grad():
-            logits = judge(points)
+    def standing(points: Inputs, logits: Logits) -> Tensor:
         doubt = goal.take(rows).remaining(logits)
         best.offer(points, doubt, rows)
         return rows[doubt > 0]
 
-    with torch.no_grad():
-        width = logits_fn(x[:1], 1).shape[0]
-    stages = _stages(logits_fn, norm, width)
-    judging = (HELD_OUT_DRAWS if logits_fn.stochastic else width) * (len(stages) + 1)
-    counts = _counts(stages, budget, judging + width)
-    rows = standing(x)
+    rows = standing(x, clean)
     for stage, count in track(list(zip(stages, counts, strict=True)), "suite"):
         if len(rows) == 0:
             break
         one, function = partial(stage.attack, **{stage.unit: count}), Samples(logits_fn, stage.draws)
         options, key = {"eps": ball.take(rows).eps, "norm": norm}, rng.take(rows).split(stage.name)
-        rows = standing(run(one, function, x[rows], y[rows], key, options))
+        points = run(one, function, x[rows], y[rows], key, options)
+        rows = standing(points, ask(judge, points))
     return best.x
 
 
@@ -142,7 +141,7 @@ def _stages(logits_fn: LogitsFn, norm: Norm, width: int) -> list[Stage]:
         Stage("targets", 0.15, few, partial(climb, loss=dlr, num_targets=TARGETS), few * TARGETS, chosen),
     ]
     if can_freeze(logits_fn) or not random:
-        stages.append(Stage("nearest", 0.1, few, _nearest, few, few * (STRIDES + HALVINGS)))
+        stages.append(Stage("nearest", 0.1, few, _nearest, few, few * (STRIDES + HALVINGS + 1)))
     if norm != 1:
         stages.append(Stage("square", 0.1, width, square, 1, unit="max_queries"))
     return stages

@@ -7,6 +7,7 @@ often breaks the defense. A defense that falls to transfer and not to its own gr
 
 from typing import Any
 
+from probdefense.attacks.tools.border import alike
 from probdefense.attacks.worst_of import made_of, run
 from probdefense.logits.adapters import as_logits_fn
 from probdefense.rng import Stream
@@ -49,6 +50,6 @@ def transfer(attack: Attack, source: LogitsFn) -> Attack:
         max_batch: int | None = None,
         **options: Any,
     ) -> Inputs:
-        return run(attack, source, x, y, Stream.of(seed, x), options)
+        return run(attack, alike(logits_fn, source), x, y, Stream.of(seed, x), options)
 
     return made_of(transferred, [attack])

@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from probdefense.attacks.tools.border import attack
+from probdefense.attacks.tools.gradient import ask
 from probdefense.attacks.tools.selection import Best, Goal
 from probdefense.attacks.tools.settle import held_out
 from probdefense.logits.rules import mean_prob
@@ -29,7 +28,8 @@ def worst_of(attacks: Sequence[Attack], *, rule: Rule = mean_prob) -> Attack:
        m = \text{the margin of the rule on held-out draws} $$
 
     Options such as ``eps``, ``norm`` and ``seed`` go to the attacks that take them. The point of one
-    without a radius is projected to the ball if there is one.
+    without a radius is projected to the ball if there is one. With a ``target`` the margin is that of the
+    class wanted: a point of any other class counts for nothing.
 
     Args:
         attacks: Attacks, configured with ``functools.partial``.
@@ -63,11 +63,11 @@ def worst_of(attacks: Sequence[Attack], *, rule: Rule = mean_prob) -> Attack:
         max_batch: int | None = None,
         **options: Any,
     ) -> Inputs:
-        rng, judge, goal, best = Stream.of(seed, x), held_out(logits_fn), Goal(y, rule=rule), Best(x)
+        rng, judge, best = Stream.of(seed, x), held_out(logits_fn), Best(x)
+        goal = Goal(y, options.get("target"), rule=rule)
         found = (run(one, logits_fn, x, y, rng.split(str(n)), options) for n, one in enumerate(attacks))
         for points in itertools.chain([x], found):
-            with torch.no_grad():
-                best.offer(points, goal.remaining(judge(points)))
+            best.offer(points, goal.remaining(ask(judge, points)))
         return best.x
 
     return made_of(worst, attacks)

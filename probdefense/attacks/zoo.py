@@ -97,7 +97,8 @@ def zoo(
         found = _descend(queries, closest, weight, num_steps, count, width, learning_rate, rng)
         low, high = torch.where(found, low, weight), torch.where(found, weight, high)
         weight = torch.where(high < torch.inf, (low + high) / 2, 10 * weight)
-    return settle(logits_fn if frozen else queries, x, closest.x, goal._replace(sure=logits_fn.stochastic))
+    goal = queries.goal._replace(sure=logits_fn.stochastic)
+    return settle(logits_fn if frozen else queries, x, closest.x, goal)
 
 
 def _descend(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from probdefense.logits.rules import mean_prob, score_margin
-from probdefense.ops import log_mean_exp
+from probdefense.ops import log_mean_exp, log_sum_exp
 from probdefense.types import Labels, Logits
 
 
@@ -79,7 +79,7 @@ def margin(logits: Logits, y: Labels) -> Tensor:
         >>> margin(torch.tensor([[[3.0, 1.0, 0.0]]]), torch.tensor([0]))
         tensor([-2.])
     """
-    return -score_margin(logits, y).mean(0)
+    return _mean(-score_margin(logits, y))
 
 
 def predictive_margin(logits: Logits, y: Labels) -> Tensor:
@@ -124,7 +124,7 @@ def predictive_log_odds(logits: Logits, y: Labels) -> Tensor:
     """
     log_probs = mean_prob(logits)
     truth = one_hot(y, logits.shape[-1]).bool()
-    return log_probs.masked_fill(truth, -torch.inf).logsumexp(-1) - _at(log_probs, y)
+    return log_sum_exp(log_probs.masked_fill(truth, -torch.inf), -1) - _at(log_probs, y)
 
 
 def dlr(logits: Logits, y: Labels) -> Tensor:
@@ -153,8 +153,7 @@ def dlr(logits: Logits, y: Labels) -> Tensor:
     if logits.shape[-1] < 3:
         return margin(logits, y)
     ranked = logits.topk(3, dim=-1).values
-    spread = (ranked[..., 0] - ranked[..., -1]).clamp_min(1e-12)
-    return -(score_margin(logits, y) / spread).mean(0)
+    return _mean(-score_margin(logits, y) / _divisor(ranked[..., 0] - ranked[..., 2]))
 
 
 def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Tensor:
@@ -184,8 +183,10 @@ def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Tensor:
     if logits.shape[-1] < 3:
         return margin(logits, y)
     ranked = logits.topk(min(4, logits.shape[-1]), dim=-1).values
-    spread = (ranked[..., 0] - ranked[..., 2:].mean(-1)).clamp_min(1e-12)
-    return ((_at(logits, target) - _at(logits, y)) / spread).mean(0)
+    last = torch.where(ranked[..., -1].isneginf(), ranked[..., 2], ranked[..., -1])
+    wanted = _at(logits, target)
+    lead = torch.where(wanted.isneginf(), -torch.inf, wanted - _at(logits, y))
+    return _mean(lead / _divisor(ranked[..., 0] - (ranked[..., 2] + last) / 2))
 
 
 dlr.toward = targeted_dlr  # type: ignore[attr-defined]
@@ -213,6 +214,17 @@ def vote_margin(logits: Logits, y: Labels) -> Tensor:
         tensor([0.])
     """
     return torch.tanh(-score_margin(logits, y) / 2).mean(0)
+
+
+def _divisor(gap: Tensor) -> Tensor:
+    """A gap to divide by; 1 where there is none, or where no third class is in play."""
+    return torch.where((gap > 0) & gap.isfinite(), gap, 1.0)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """The mean over draws; draws that are infinite to both sides cancel."""
+    opposed = rows.isposinf().any(0) & rows.isneginf().any(0)
+    return torch.where(opposed, 0.0, rows.mean(0))
 
 
 def _at(scores: Tensor, y: Labels) -> Tensor:

@@ -5,13 +5,14 @@ class of the largest score. Every robustness number names its rule, because the 
 different accuracies under different rules.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from probdefense.ops import log_mean_exp
+from probdefense.ops import exact, log_mean_exp
 from probdefense.types import Labels, Logits, Rule
 from probdefense.validation import check_count, check_member
 
@@ -104,11 +105,17 @@ def worst_of_draws(num_queries: int) -> Rule:
         return leads(logits[:num_queries]).amin(0).clamp_min(0.0)
 
     worst_case.draws_per_verdict = num_queries  # type: ignore[attr-defined]
+    worst_case.scale_free_draws = math.inf  # type: ignore[attr-defined]
     worst_case.__name__ = f"worst_of_{num_queries}_draws"
     return worst_case
 
 
 single_draw.draws_per_verdict = 1  # type: ignore[attr-defined]
+mean_prob.scale_free_draws = 1  # type: ignore[attr-defined]
+vote.scale_free_draws = single_draw.scale_free_draws = math.inf  # type: ignore[attr-defined]
+
+RULED_OUT = 1e4
+"""A class so many times farther behind the best than the next one is ruled out, as if it were -inf."""
 
 
 def leads(scores: Tensor) -> Tensor:
@@ -125,6 +132,26 @@ def score_margin(scores: Tensor, y: Labels) -> Tensor:
     return scores.masked_fill(~truth, 0.0).sum(-1) - rivals
 
 
+def spread(scores: Tensor) -> Tensor:
+    """Best minus worst score of the classes in play, ``(..., classes) -> (...)``: the yardstick of margins.
+
+    Classes at -inf are not in play, nor are those that a network masks with a huge number.
+    """
+    behind = (scores.amax(-1, keepdim=True) - scores).sort(-1).values
+    nearer = behind[..., :-1]
+    leap = (nearer > 0) & (behind[..., 1:] > RULED_OUT * nearer)
+    out = torch.cat([torch.zeros_like(leap[..., :1]), leap], dim=-1).cumsum(-1) > 0
+    return behind.masked_fill(out | behind.isinf(), 0.0).amax(-1)
+
+
+def scale_free(rule: Rule, num_draws: int) -> bool:
+    """Whether logits times a positive number, one per example, leave the decisions of the rule alone.
+
+    Votes and single draws never ask how sure a draw is; the mean probability does, except of one draw.
+    """
+    return num_draws <= getattr(rule, "scale_free_draws", 0)
+
+
 def draws_per_verdict(rule: Rule) -> int | None:
     """How many draws one verdict of the rule consumes; None means all that it is given."""
     return getattr(rule, "draws_per_verdict", None)
@@ -139,11 +166,15 @@ def verdicts(rule: Rule, logits: Logits, y: Labels) -> Tensor:
 
 
 def margins(rule: Rule, logits: Logits, y: Labels) -> Tensor:
-    """The margin by which the rule is right, ``(verdicts, batch)``; zero or less is wrong."""
+    """The margin by which the rule is right, ``(verdicts, batch)``; zero or less is wrong.
+
+    It is taken in double precision, because log-probabilities round the margin of tiny logits to a tie.
+    """
     size = draws_per_verdict(rule) or len(logits)
     count = max(1, len(logits) // size)
     groups = logits[: count * size].split(min(size, len(logits)))
-    return torch.stack([score_margin(rule(group), y) for group in groups])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.stack([score_margin(rule(exact(group)), y) for group in groups]).to(dtype)
 
 
 RULES: dict[str, Callable[[Logits], Tensor]] = {

@@ -2,25 +2,29 @@
 
 An attack body sees checked tensors, a `Stream` in place of ``seed`` and a whole chunk of examples; it
 returns points. It may not import Pyro, touch ``.grad``, change modes or the global random state, or
-decide success.
+decide success. It works in float32 or better and its logits come in double precision, whatever the dtype
+of the network: the cast stands here, and so does the one check that answers are finite.
 """
 
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from probdefense.logits.adapters import Counted, as_logits_fn
+from probdefense.ops import exact
 from probdefense.rng import Stream, forked
 from probdefense.types import Inputs, Labels, Logits, LogitsFn
 from probdefense.validation import (
     check_classes,
     check_count,
     check_eps,
+    check_finite_logits,
     check_inputs,
     check_labels,
     check_logits,
@@ -57,15 +61,15 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
         check_labels(y, len(x))
         _check_options(options, y)
         seed = generator if seed is None else seed
-        logits_fn = _Guarded(
-            logits_fn, y if options.get("target") is None else torch.max(y, options["target"])
-        )
-        x, stream = x.detach(), Stream.of(seed, x)
-        x_adv = torch.empty_like(x)
-        with forked(None if seed is None else stream.seed(), x.device):
-            for rows in _chunks(len(x), max_batch):
-                part = {name: _rows(value, rows, len(x)) for name, value in options.items()}
-                x_adv[rows] = body(logits_fn, x[rows], y[rows], seed=stream.take(rows), **part).detach()
+        with outside_inference():
+            stream, x_adv = Stream.of(seed, x), torch.empty_like(x)
+            given = {name: workable(value) for name, value in {**options, "x": x, "y": y}.items()}
+            with forked(None if seed is None else stream.seed(), x.device):
+                for rows in _chunks(len(x), max_batch):
+                    part = {name: _rows(value, rows, len(x)) for name, value in given.items()}
+                    number = torch.arange(len(x), device=x.device)[rows]
+                    function = guarded(logits_fn, x, part["y"], part.get("target"), body.__name__, number)
+                    x_adv[rows] = body(function, **part, seed=stream.take(rows)).detach().to(x.dtype)
         return _checked(x_adv, body.__name__)
 
     public.__signature__ = signature  # type: ignore[attr-defined]
@@ -73,30 +77,84 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
     return public
 
 
-class _Guarded:
-    """The function under attack; its answers are checked, the first one also for its classes."""
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """Leaves inference mode, in which there are no gradients; nothing happens elsewhere."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
-    def __init__(self, logits_fn: LogitsFn, highest: Tensor):
-        self.logits_fn, self.highest, self.seen = logits_fn, highest, False
+
+def workable(value: Any) -> Any:
+    """A tensor as an attack can use it: detached, no inference tensor, and of at least float32."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.clone() if value.is_inference() else value.detach()
+    if value.is_floating_point():
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value
+
+
+def guarded(
+    logits_fn: LogitsFn,
+    x: Inputs,
+    y: Labels,
+    target: Labels | None = None,
+    where: str = "the attack",
+    number: Tensor | None = None,
+) -> "_Guarded":
+    """The function behind the border, for inputs of the dtype of `x` and the examples of those numbers."""
+    highest = y if target is None else torch.max(y, target)
+    number = torch.arange(len(y), device=y.device) if number is None else number
+    return _Guarded(logits_fn, x.dtype, highest, where, number)
+
+
+def alike(logits_fn: LogitsFn, other: LogitsFn) -> LogitsFn:
+    """Another function behind the border that the function under attack stands behind."""
+    return logits_fn.like(other) if isinstance(logits_fn, _Guarded) else other
+
+
+class _Guarded:
+    """The function under attack: asked in its dtype, its answers checked and in double precision."""
+
+    def __init__(self, logits_fn: LogitsFn, dtype: torch.dtype, highest: Tensor, where: str, number: Tensor):
+        self.logits_fn, self.dtype, self.highest = logits_fn, dtype, highest
+        self.where, self.number, self.seen = where, number, False
 
     @property
     def stochastic(self) -> bool:
         return self.logits_fn.stochastic
 
     def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
-        logits = self.logits_fn(x, num_samples)
+        logits = self.logits_fn(self._as_asked(x), num_samples)  # about a copy: networks may work in place
         check_logits(logits, len(x))
         if not self.seen:
             self.seen = True
             check_classes(self.highest, logits.shape[-1])
             _warn_of_probabilities(logits.detach())
-        return logits
+        check_finite_logits(logits, self.where, self.number)
+        return exact(logits)
+
+    def like(self, logits_fn: LogitsFn) -> "_Guarded":
+        """Another function behind the same border."""
+        return _Guarded(logits_fn, self.dtype, self.highest, self.where, self.number)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.logits_fn, name)
-        if name not in Counted.DERIVED or not inspect.isroutine(value):
+        if name == "respond":
+            return lambda x, **kwargs: value(self._as_asked(x), **kwargs)
+        if name not in Counted.DERIVED:
             return value
-        return lambda *args, **kwargs: _Guarded(value(*args, **kwargs), self.highest)
+        if not inspect.isroutine(value):
+            return self.like(value) if callable(value) else value
+        return lambda *args, **kwargs: self.like(value(*map(self._as_asked, args), **kwargs))
+
+    def _as_asked(self, value: Any) -> Any:
+        """Inputs among the arguments, as the function takes them."""
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.dtype, copy=True) if floating else value
 
 
 def _warn_of_probabilities(logits: Logits) -> None:

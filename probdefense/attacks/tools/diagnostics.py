@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probdefense.attacks.tools.border import guarded, outside_inference, workable
 from probdefense.attacks.tools.gradient import climb, input_gradient
 from probdefense.logits.adapters import Samples, as_logits_fn
 from probdefense.logits.losses import expected_cross_entropy
@@ -76,8 +77,9 @@ def gradient_signal(
     check_inputs(x)
     check_labels(y, len(x))
     check_count("num_samples", num_samples, 2)
-    climbed, one_draw = climb(loss, y), Samples(as_logits_fn(logits_fn), 1)
-    with forked(None if seed is None else Stream.of(seed, x).seed(), x.device):
+    one_draw = Samples(guarded(as_logits_fn(logits_fn), x, y, where="gradient_signal"), 1)
+    with outside_inference(), forked(None if seed is None else Stream.of(seed, x).seed(), x.device):
+        x, climbed = workable(x), climb(loss, workable(y))
         draws = [input_gradient(one_draw, x, climbed, where="gradient_signal") for _ in range(num_samples)]
     slopes = torch.stack([draw.gradient.flatten(1) for draw in draws])
     mean = slopes.mean(0)

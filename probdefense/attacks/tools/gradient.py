@@ -9,6 +9,12 @@ from torch import Tensor
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, LossFn
 
 
+def ask(logits_fn: LogitsFn, x: Inputs, num_samples: int | None = None) -> Logits:
+    """An answer that nobody will differentiate."""
+    with torch.no_grad():
+        return logits_fn(x, num_samples)
+
+
 class Gradient(NamedTuple):
     """What one gradient evaluation gives: all detached, and what was climbed per example."""
 
@@ -80,12 +86,12 @@ def input_jacobian(
     columns = values.unbind(1)
     last = len(columns) - 1
     gradients = [_backward(column, point, where, keep=k < last) for k, column in enumerate(columns)]
-    return Gradient(torch.stack(gradients), values.detach().T, logits)
+    return Gradient(torch.stack(gradients), values.detach().to(x.dtype).T, logits)
 
 
 def _slope(logits_fn: LogitsFn, x: Inputs, climbed: Callable[[Logits], Tensor], where: str) -> Gradient:
     point, values, logits = _forward(logits_fn, x, climbed, where)
-    return Gradient(_backward(values, point, where), values.detach(), logits)
+    return Gradient(_backward(values, point, where), values.detach().to(x.dtype), logits)
 
 
 def _forward(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probdefense.attacks.tools.gradient import ask
 from probdefense.attacks.tools.selection import Goal
 from probdefense.attacks.tools.settle import HALVINGS, HELD_OUT_DRAWS, STRIDES
 from probdefense.logits.adapters import can_freeze
@@ -21,6 +22,10 @@ NARROWEST, WIDEST = 1e-3, 0.5
 
 PROBES, PROBE_DRAWS = 8, 4
 """Directions, and single draws of each, from which slope and noise are measured."""
+
+
+LONGEST = 1e6
+"""What is climbed may be infinite where classes are ruled out; differences need a number."""
 
 
 class Queries:
@@ -51,9 +56,10 @@ class Queries:
         num_samples: int | None = None,
         frozen: bool = False,
     ):
-        self.logits_fn, self.goal, self.max_queries = logits_fn, goal, max_queries
+        self.logits_fn, self.max_queries = logits_fn, max_queries
         self.num_samples, self.spent, self.random = num_samples, 0, logits_fn.stochastic
-        self.draws = len(self(x))
+        first = self(x)
+        self.draws, self.goal = len(first), goal.measured(first)
         if frozen and logits_fn.stochastic:
             if not can_freeze(logits_fn):
                 raise ValueError("frozen=True needs a defense that can freeze its draws; this one cannot")
@@ -76,7 +82,8 @@ class Queries:
     def values(self, points: Inputs, num_samples: int | None = None) -> Tensor:
         """What is climbed, by one answer about each: ``(points, batch, *event) -> (points, batch)``."""
         logits = self._ask(points, num_samples)
-        return self._goal(points).climbed(logits).view(points.shape[:2])
+        climbed = self._goal(points).climbed(logits).clamp(-LONGEST, LONGEST)
+        return climbed.to(points.dtype).view(points.shape[:2])
 
     def wrong(self, points: Inputs) -> Tensor:
         """Whether one answer about each point is the error wanted, ``(points, batch)``."""
@@ -102,8 +109,7 @@ class Queries:
         return (STRIDES + HALVINGS) * (HELD_OUT_DRAWS if self.random else self.draws)
 
     def _ask(self, points: Inputs, num_samples: int | None = None) -> Logits:
-        with torch.no_grad():
-            logits = self.logits_fn(points.flatten(0, 1), num_samples or self.num_samples)
+        logits = ask(self.logits_fn, points.flatten(0, 1), num_samples or self.num_samples)
         self.spent += len(logits) * len(points)
         return logits
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probdefense.attacks.tools.gradient import climb
+from probdefense.attacks.tools.gradient import ask, climb
 from probdefense.logits.losses import expected_cross_entropy
-from probdefense.logits.rules import margins, mean_prob
+from probdefense.logits.rules import margins, mean_prob, scale_free, spread
 from probdefense.ops import lp_norm
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, LossFn, Norm, Rule
 
@@ -15,8 +15,14 @@ SELECTION_DRAWS = 32
 """Fresh draws on which points are compared: not those that were climbed, nor those of a verdict."""
 
 
+STANDARD = 20.0
+"""The spread that logits are brought to, in nats: about that of a usual network."""
+
 QUANTILE = 2.3263
 """Of the standard normal at 99 %."""
+
+ENDLESS = 1e30
+"""The margin over classes that are all ruled out: so long that nothing reaches it, and still a number."""
 
 GROUPS = 8
 """Groups of draws that the jackknife leaves out in turn."""
@@ -25,7 +31,9 @@ GROUPS = 8
 class Goal(NamedTuple):
     """What is wanted of every example, any class but `y` or the class `target`, and how it is climbed.
 
-    With `sure`, the given draws stand for others: wrong means that 99 % of verdicts are wrong.
+    With `sure`, the given draws stand for others: wrong means that 99 % of verdicts are wrong. `unit`, the
+    spread of the logits at the example, makes margins and losses independent of the scale of the logits:
+    they come in nats of a network of spread `STANDARD`.
     """
 
     y: Labels
@@ -33,14 +41,26 @@ class Goal(NamedTuple):
     loss: LossFn = expected_cross_entropy
     rule: Rule = mean_prob
     sure: bool = False
+    unit: Tensor | None = None
+
+    def measured(self, logits: Logits) -> "Goal":
+        """The goal in units of the spread of these logits, the answer about the examples themselves."""
+        unit = spread(logits.detach()).mean(0)
+        return self._replace(unit=torch.where(unit > 0, unit, 1.0))
 
     def take(self, rows: slice | Tensor) -> "Goal":
         """The goal for some of the examples."""
-        return self._replace(y=self.y[rows], target=None if self.target is None else self.target[rows])
+        target, unit = (None if part is None else part[rows] for part in (self.target, self.unit))
+        return self._replace(y=self.y[rows], target=target, unit=unit)
 
     def climbed(self, logits: Logits) -> Tensor:
         """What is climbed, ``(samples, batch, classes) -> (batch,)``."""
-        return climb(self.loss, self.y, self.target)(logits)
+        logits, factor = self.standard(logits)
+        return climb(self.loss, self.y, self.target)(logits) * factor
+
+    def nats(self, confidence: float) -> Tensor | float:
+        """Nats of the network as what is climbed counts them, ``(batch,)``."""
+        return confidence if self.unit is None else confidence * STANDARD / self.unit
 
     def remaining(self, logits: Logits) -> Tensor:
         """How far the rule still is from the error wanted, ``(batch,)``; zero or less has reached it."""
@@ -65,9 +85,25 @@ class Goal(NamedTuple):
 
     def _margins(self, logits: Logits) -> Tensor:
         """The margin of every verdict that the draws are enough for, ``(verdicts, batch)``."""
+        logits, factor = self.standard(logits)
         if self.target is None:
-            return margins(self.rule, logits, self.y)
-        return -margins(self.rule, logits, self.target)
+            found = margins(self.rule, logits, self.y)
+        else:
+            found = -margins(self.rule, logits, self.target)
+        return (found * factor).clamp(-ENDLESS, ENDLESS)
+
+    def standard(self, logits: Logits) -> tuple[Logits, Tensor | float]:
+        """The logits to judge and the factor on what comes out, so that it is in standard nats.
+
+        Where the rule asks which logit is larger, and not by how much, the logits themselves are brought to
+        the standard spread, and any loss then climbs as on a usual network.
+        """
+        if self.unit is None:
+            return logits, 1.0
+        factor = STANDARD / self.unit
+        if scale_free(self.rule, len(logits)):
+            return logits * factor.unsqueeze(-1), 1.0
+        return logits, factor
 
 
 def remaining_margin(
@@ -79,8 +115,7 @@ def remaining_margin(
     num_samples: int = SELECTION_DRAWS,
 ) -> Tensor:
     """How far the rule still is from the error wanted, by fresh draws: ``(batch,)``, see `Goal`."""
-    with torch.no_grad():
-        logits = logits_fn(x, num_samples if logits_fn.stochastic else None)
+    logits = ask(logits_fn, x, num_samples if logits_fn.stochastic else None)
     return Goal(y, target, rule=rule).remaining(logits)
 
 
@@ -104,6 +139,7 @@ class Best:
     def offer(self, points: Inputs, margin: Tensor, rows: Tensor | None = None) -> None:
         """Keeps the offered points (of some rows) where their margin is smaller."""
         rows = torch.arange(len(self.x), device=self.x.device) if rows is None else rows
+        margin = margin.to(self.margin.dtype)
         better = margin < self.margin[rows]
         self.x[rows[better]], self.margin[rows[better]] = points[better], margin[better]
 

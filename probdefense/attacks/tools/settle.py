@@ -10,7 +10,8 @@ probability of at most 1 %. Without randomness the same search brings a point ba
 import torch
 from torch import Tensor
 
-from probdefense.attacks.tools.selection import Goal
+from probdefense.attacks.tools.gradient import ask
+from probdefense.attacks.tools.selection import STANDARD, Goal
 from probdefense.logits.adapters import Samples, can_freeze
 from probdefense.ops import per_example
 from probdefense.types import Inputs, LogitsFn
@@ -21,8 +22,8 @@ FROZEN_DRAWS = 16
 HELD_OUT_DRAWS = 32
 """Draws on which points are settled: neither those that were solved on, nor those of a verdict."""
 
-ROUNDING = 1e-4
-"""Nats by which a point must be wrong, so that no other batch size rounds it back."""
+ROUNDING = 1e-6 * STANDARD
+"""A millionth of the spread: so far wrong must a point be that no other batch size rounds it back."""
 
 STRIDE, STRIDES, HALVINGS = 1.15, 12, 8
 """The search along the ray: growth per step, steps out (to 5.4 times), and bisections back."""
@@ -61,15 +62,14 @@ def settle(logits_fn: LogitsFn, x: Inputs, x_adv: Inputs, goal: Goal) -> Inputs:
         logits_fn: The function under attack, not its surrogate.
         x: ``(batch, *event)``.
         x_adv: The points found, ``(batch, *event)``.
-        goal: What is wanted.
+        goal: What is wanted, measured at `x`.
     """
     judge = held_out(logits_fn)
     ray = x_adv - x
 
     def doubt(factor: Tensor, rows: Tensor) -> Tensor:
         points = (x[rows] + per_example(factor, x) * ray[rows]).clamp(0.0, 1.0)
-        with torch.no_grad():
-            return goal.take(rows).remaining(judge(points)) + ROUNDING
+        return goal.take(rows).remaining(ask(judge, points)) + ROUNDING
 
     rows = ray.flatten(1).any(1).nonzero().flatten()
     high = torch.ones(len(x), dtype=x.dtype, device=x.device)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probdefense.attacks.tools.gradient import input_gradient
+from probdefense.attacks.tools.gradient import ask, input_gradient
 from probdefense.attacks.tools.selection import Closest, Goal
 from probdefense.types import Inputs, Logits, LogitsFn, Norm
 
@@ -43,21 +43,21 @@ def cheapest(
     num_searches: int,
     init_c: float,
     confidence: float,
-) -> Inputs:
-    """The nearest wrong points met while the constant of every example is bisected."""
-    closest = Closest(x, descent.norm)
+) -> tuple[Inputs, Goal]:
+    """The nearest wrong points met while the constant of every example is bisected, and the goal measured."""
+    goal, closest = goal.measured(ask(function, x)), Closest(x, descent.norm)
     c = torch.full((len(x),), init_c, dtype=x.dtype, device=x.device)
     low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
     for _ in range(num_searches):
         found = _descend(function, x, goal, descent, closest, c, num_steps, confidence)
         low, high = torch.where(found, low, c), torch.where(found, c, high)
         c = torch.where(high < torch.inf, (low + high) / 2, 10 * c)
-    return closest.x
+    return closest.x, goal
 
 
 def hinge(goal: Goal, c: Tensor | float, confidence: float, logits: Logits) -> Tensor:
-    r"""Minus $c \max(\kappa - m, 0)$, which is climbed, ``(batch,)``."""
-    return -c * (confidence + goal.slack(logits) - goal.climbed(logits)).clamp_min(0.0)
+    r"""Minus $c \max(\kappa - m, 0)$, which is climbed, ``(batch,)``; $\kappa$ in nats of the network."""
+    return -c * (goal.nats(confidence) + goal.slack(logits) - goal.climbed(logits)).clamp_min(0.0)
 
 
 def _descend(

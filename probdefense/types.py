@@ -21,6 +21,9 @@ Logits = Tensor
 Draws = dict[str, Tensor]
 """One joint draw of every random site, by site name."""
 
+JOINT = " + "
+"""Between the names of random sites that share one density, and so one KL term."""
+
 Norm = float
 """1, 2 or ``inf``: the norm in which a perturbation is measured."""
 
@@ -82,13 +85,16 @@ class Step(NamedTuple):
     """One training forward, everything an objective needs.
 
     ``logits`` (batch, classes); ``log_lik`` (batch,) in nats; ``kl`` in nats for the whole data set,
-    by site; ``draws`` the values of the sites, by site.
+    by site; ``draws`` the values of the sites, by site. Where discrete sites are trained, gradients of
+    ``log_lik`` and ``kl`` are those of their expectations, by ``score`` (batch,), which is 0 in value and
+    has the gradient of the log-density of these sites; None elsewhere.
     """
 
     logits: Tensor
     log_lik: Tensor
     kl: dict[str, Tensor]
     draws: Draws
+    score: Tensor | None = None
 
 
 Data = tuple[Tensor, ...] | Dataset[Any] | Iterable[tuple[Inputs, Labels]]

@@ -4,21 +4,23 @@ The pair is ordinary Pyro and may do anything, so this is the general path; `Vec
 one. Parameters stay local to their modules (no global parameter store).
 """
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
+from probdefense.core.evidence import Given, Parents, batch_dim, evidence, is_subsample, random_sites
+from probdefense.core.sites import join
 from probdefense.nn.passes import held_still
 from probdefense.rng import derive, forked
 from probdefense.types import Draws, Inputs, Labels, Step
@@ -41,6 +43,7 @@ class Replayed:
 
     def __init__(self, model: nn.Module, guide: nn.Module):
         self.model, self.guide = model, guide
+        self.num_data: int | None = None  # as the plate of the last step said
 
     def prepare(self, example: Inputs | None) -> None:
         """Lets lazily made parameters come into being, and refuses a pair that fit could not train.
@@ -48,22 +51,24 @@ class Replayed:
         Raises:
             ValueError: a guide that is lazy without an example, or parameters outside the modules.
         """
-        if example is None:
-            if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
-                raise ValueError(
-                    f"{type(self.guide).__name__} makes its parameters on its first call, so there is "
-                    "nothing to train yet; pass example=x, a batch of inputs"
-                )
-            return
-        with torch.no_grad(), forked(0, example.device), held_still(self.model), own_params():
+        if example is not None:
             try:
-                trace = poutine.trace(self.guide).get_trace(example)
+                with torch.no_grad(), forked(0, example.device), held_still(self.model):
+                    self._refuse_loose(self.trace(example))
             except ValueError as error:
+                if not isinstance(self.guide, AutoGuide):
+                    raise
                 raise ValueError(
-                    f"the guide failed on the example: {error}; hide the labels from an autoguide, as "
-                    "in AutoNormal(poutine.block(model, hide=['y']))"
+                    f"the guide failed on the example: {error}; hide the labels from an autoguide, as in "
+                    "AutoNormal(poutine.block(model, hide=['y'])), or call guide(x, y) once before, "
+                    "without example="
                 ) from error
-        self._refuse_loose(trace)
+        elif isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
+            raise ValueError(
+                f"{type(self.guide).__name__} makes its parameters on its first call, so there is "
+                "nothing to train yet; pass example=x, a batch of inputs"
+            )
+        _warn_of_store(self.model, self.guide)
 
     def _refuse_loose(self, trace: Trace) -> None:
         """Refuses parameters that no module owns: nothing would train them."""
@@ -78,7 +83,7 @@ class Replayed:
 
     def logits(self, x: Inputs, num_samples: int, chunk_size: int | None, backend: str) -> Tensor:
         """Logits of fresh draws, ``(samples, batch, classes)``."""
-        return torch.stack([self._replay(x, self.trace(x)) for _ in range(num_samples)])
+        return torch.cat([self.at(x, _values(self.trace(x), plates=True)) for _ in range(num_samples)])
 
     def freeze(self, num_samples: int, seed: int, ids: Tensor | None = None) -> "FrozenReplay":
         """`num_samples` functions whose latent values are drawn from `seed`."""
@@ -86,62 +91,76 @@ class Replayed:
 
     def step(self, x: Inputs, y: Labels, draws: Draws | None) -> Step:
         """One training forward: fresh draws (or the given ones), log-likelihood and KL by site."""
-        with own_params():
-            guide = self.guide if draws is None else poutine.condition(self.guide, data=draws)
-            guide_trace = poutine.trace(guide).get_trace(x, y)
-            given = _latents(guide_trace, observed=draws is not None)
-            values = {**(draws or {}), **{name: site["value"] for name, site in given.items()}}
-            model = poutine.condition(self.model, data=values)
-            model_trace = poutine.trace(model).get_trace(x, y)
-        observed = _observed(model_trace, values)
-        terms = [_per_example(site, site["fn"].log_prob(site["value"]), len(x)) for site in observed]
-        log_lik = torch.stack(terms).sum(0)
-        kl = {name: _kl(site, model_trace) for name, site in given.items()}
-        logits: Any = model_trace.nodes["_RETURN"]["value"]
-        return Step(logits, log_lik, {n: v for n, v in kl.items() if v is not None}, values)
+        with own_params(), Given(draws or {}):
+            with Parents():
+                guide = poutine.trace(self.guide).get_trace(x, y)
+            with Given(_values(guide, plates=True)):
+                model = poutine.trace(self.model).get_trace(x, y)
+        for seen in (guide, model):
+            self._refuse_loose(seen)
+        values = _values(model) | _values(guide)
+        if draws is not None and (missing := values.keys() - draws.keys()):
+            raise ValueError(
+                f"the draws lack sites {', '.join(sorted(missing))}; take all of them from defense.draw(x)"
+            )
+        found = evidence(model, guide, len(x))
+        self.num_data = found.num_data
+        logits: Any = model.nodes["_RETURN"]["value"]
+        return Step(logits, found.log_lik, found.kl, values, found.score)
 
     def draw(self, x: Inputs) -> Draws:
-        """One joint draw of all latent sites for a batch, those that only the model has included."""
-        return {name: site["value"] for name, site in self.latents(x).items()}
+        """One joint draw of all latent sites for a batch: the guide's, and those of the model alone."""
+        guide, model = self.traces(x)
+        return _values(model) | _values(guide)
 
     def at(self, x: Inputs, draws: Draws) -> Tensor:
         """Logits at one given draw, ``(1, batch, classes)``."""
-        with own_params(), held_still(self.model):
-            return poutine.condition(self.model, data=draws)(x).unsqueeze(0)
+        with own_params(), held_still(self.model), Given(draws):
+            return self.model(x).unsqueeze(0)
 
     def mean(self, x: Inputs) -> Tensor:
         """Logits with every latent site at the mean of the guide, ``(1, batch, classes)``."""
-        with own_params(), held_still(self.guide), MeanMessenger():
-            trace = poutine.trace(self.guide).get_trace(x)
-        with MeanMessenger():
-            return self._replay(x, trace).unsqueeze(0)
+        with Means():
+            guide = self.trace(x)
+            with own_params(), held_still(self.model), Given(_values(guide, plates=True)):
+                return self.model(x, _any_labels(x)).unsqueeze(0)
 
-    def latents(self, x: Inputs) -> dict[str, Any]:
-        """The latent sites of one run of the model at one draw of the guide."""
-        model = poutine.replay(self.model, trace=self.trace(x))
-        y = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # any labels: they mark what is observed
-        with own_params(), held_still(self.model):
-            return _latents(poutine.trace(model).get_trace(x, y))
+    def traces(self, x: Inputs) -> tuple[Trace, Trace]:
+        """One run of the guide and one of the model at its values."""
+        guide = self.trace(x)
+        with own_params(), held_still(self.model), Given(_values(guide, plates=True)):
+            return guide, poutine.trace(self.model).get_trace(x, _any_labels(x))
 
     def trace(self, x: Inputs) -> Trace:
         """One trace of the guide."""
         with own_params(), held_still(self.guide):
             return poutine.trace(self.guide).get_trace(x)
 
-    def num_data(self, x: Inputs, y: Labels) -> int:
-        """The size of the data set, read off the plate around the observation."""
-        with torch.no_grad(), forked(0), held_still(self.model), held_still(self.guide), own_params():
-            guide_trace = self.trace(x)
-            trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(x, y)
-        for seen in (guide_trace, trace):
-            self._refuse_loose(seen)
-        sites = [s for s in trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
-        scales = [float(s["scale"]) for s in sites if not _subsample(s)]
-        return round(max(scales, default=1.0) * len(x))
+    def global_sites(self, x: Inputs) -> dict[str, bool]:
+        """The model's latent sites outside the data plate: whether the guide has fitted each."""
+        guide, model = self.traces(x)
+        fitted = random_sites(guide)
+        dim = _data_dim(model, len(x))
+        sites = random_sites(model).items()
+        return {name: name in fitted for name, site in sites if _batch_axis(site, dim, len(x)) is None}
 
-    def _replay(self, x: Inputs, guide_trace: Trace) -> Tensor:
-        with own_params(), held_still(self.model):
-            return poutine.replay(self.model, trace=guide_trace)(x)
+    def hyper_parameters(self, x: Inputs) -> set[str]:
+        """The latent sites that the prior of another one depends on."""
+        drawn = _values(self.traces(x)[1])
+        leaves = {name: value.detach().clone() for name, value in drawn.items()}
+        leaves = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in leaves.items()}
+        with torch.enable_grad(), own_params(), held_still(self.model), Given(leaves):
+            model = poutine.trace(self.model).get_trace(x, _any_labels(x))
+        found: set[str] = set()
+        for name, site in random_sites(model).items():
+            density = site["fn"].log_prob(site["value"].detach()).sum()
+            others = {n: v for n, v in leaves.items() if v.requires_grad and n != name}
+            if density.requires_grad and others:
+                slopes = torch.autograd.grad(
+                    density, list(others.values()), allow_unused=True, retain_graph=True
+                )
+                found |= {n for n, slope in zip(others, slopes, strict=True) if slope is not None}
+        return found
 
 
 @dataclass
@@ -185,24 +204,32 @@ class FrozenReplay:
     def _one(self, x: Inputs, check: bool) -> dict[str, tuple[Tensor, int | None]]:
         probe = x.detach().clone().requires_grad_(check)
         with torch.enable_grad():
-            sites = self.engine.latents(probe)
-            for name, site in sites.items() if check else ():
-                _refuse_dependence(name, site["value"], probe)
-        return {name: (site["value"].detach(), _batch_axis(site)) for name, site in sites.items()}
+            guide, model = self.engine.traces(probe)
+            sites, dim = random_sites(model), _data_dim(model, len(x))
+            for name, site in {**sites, **random_sites(guide)}.items() if check else ():
+                _refuse_dependence(name, site, probe)
+        return {
+            name: (site["value"].detach(), _batch_axis(site, dim, len(x))) for name, site in sites.items()
+        }
 
 
-class MeanMessenger(Messenger):
-    """Puts every continuous latent site at the mean of its distribution instead of sampling it."""
+class Means(Messenger):
+    """Puts every latent site at the mean of its distribution instead of sampling it."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["done"] or msg["is_observed"] or _subsample(msg) or msg["fn"].support.is_discrete:
+        if msg["done"] or msg["is_observed"] or is_subsample(msg):
             return
+        kind = type(msg["fn"]).__name__
+        if getattr(msg["fn"].support, "is_discrete", False):
+            raise ValueError(
+                f"site {msg['name']!r} is discrete ({kind}), so its mean is not a value it can take; "
+                "average draws instead of defense.mean()"
+            )
         try:
             msg["value"] = msg["fn"].mean
         except NotImplementedError as error:
             raise ValueError(
-                f"site {msg['name']!r} has no mean ({type(msg['fn']).__name__}); "
-                "defense.mean() needs guide distributions with one"
+                f"site {msg['name']!r} has no mean ({kind}); defense.mean() needs distributions with one"
             ) from error
         msg["done"] = True
 
@@ -212,65 +239,29 @@ def _unconstrained(value: Any) -> Any:
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
-def _subsample(site: Any) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
+def _values(trace: Trace, plates: bool = False) -> Draws:
+    """The latent values of a trace, with the rows that its plates chose if asked for."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    rows = {n: s for n, s in nodes.items() if plates and s["type"] == "sample" and is_subsample(s)}
+    return {name: detach_provenance(site["value"]) for name, site in {**random_sites(trace), **rows}.items()}
 
 
-def _latents(trace: Trace, observed: bool = False) -> dict[str, Any]:
-    """Latent sites of a guide trace; `observed` counts conditioned ones too."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not _subsample(site) and (observed or not site["is_observed"])
-    }
+def _any_labels(x: Inputs) -> Labels:
+    """Labels that mark what is observed, whatever they say."""
+    return torch.zeros(len(x), dtype=torch.int64, device=x.device)
 
 
-def _observed(trace: Trace, given: dict[str, Any]) -> list[Any]:
-    sites = [s for s in _latents(trace, observed=True).values() if s["is_observed"]]
-    sites = [site for site in sites if site["name"] not in given]
-    if not sites:
-        raise ValueError(
-            "the model observed nothing; expected model(x, y) to sample one site with obs=y inside "
-            "a pyro.plate(size=num_data, subsample=x)"
-        )
-    return sites
+def _data_dim(model: Trace, batch: int) -> int:
+    """The axis of the examples in the plates of the model, from the right."""
+    sites = random_sites(model, observed=True).values()
+    dims = [batch_dim(site, site["fn"].batch_shape, batch) for site in sites]
+    return next((dim for dim in dims if dim is not None), -1)
 
 
-def _per_example(site: Any, log_prob: Tensor, batch: int) -> Tensor:
-    if log_prob.shape != (batch,):
-        raise ValueError(
-            f"expected one log-likelihood per example ({batch},) at site {site['name']!r}, got "
-            f"{tuple(log_prob.shape)}; put the observation in a pyro.plate over the batch"
-        )
-    return log_prob
-
-
-def _kl(site: Any, model_trace: Trace) -> Tensor | None:
-    """KL of one latent site for the whole data set; None where it is masked or auxiliary."""
-    prior: Any = model_trace.nodes.get(site["name"])
-    if prior is None:  # auxiliary sites of autoguides carry log q alone
-        return (_weighted(site, site["fn"].log_prob(site["value"]))).sum()
-    if site["mask"] is False and prior["mask"] is False:
-        return None
-    if not isinstance(site["fn"], dist.Delta):  # an autoguide's density may hold a Jacobian
-        with suppress(NotImplementedError):
-            return _weighted(site, kl_divergence(site["fn"], prior["fn"])).sum()
-    q = _weighted(site, site["fn"].log_prob(site["value"])).sum()
-    return q - _weighted(prior, prior["fn"].log_prob(site["value"])).sum()
-
-
-def _weighted(site: Any, log_prob: Tensor) -> Tensor:
-    mask = site["mask"]
-    log_prob = log_prob if mask is None else torch.where(torch.as_tensor(mask), log_prob, 0.0)
-    return site["scale"] * log_prob
-
-
-def _batch_axis(site: Any) -> int | None:
-    """Where the value of a site in a plate over one example has that example, from the right."""
-    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-    if not frames:
-        return None
-    return frames[-1].dim - len(site["fn"].event_shape)
+def _batch_axis(site: Any, dim: int, batch: int) -> int | None:
+    """Where the value of a site in a plate over the batch has the examples, from the right."""
+    frames = [frame for frame in site["cond_indep_stack"] if frame.dim == dim and frame.size in (batch, -1)]
+    return dim - len(site["fn"].event_shape) if frames else None
 
 
 def _over_batch(value: Tensor, axis: int | None, batch: int) -> Tensor:
@@ -281,12 +272,37 @@ def _over_batch(value: Tensor, axis: int | None, batch: int) -> Tensor:
     return value.expand(shape)
 
 
-def _refuse_dependence(name: str, value: Tensor, x: Tensor) -> None:
-    if not value.requires_grad:
+def _refuse_dependence(name: str, site: Any, x: Tensor) -> None:
+    """A value that depends on x, or, where values are drawn without a gradient, a density that does."""
+    reparameterized = getattr(site["fn"], "has_rsample", False)
+    made = site["value"] if reparameterized else site["fn"].log_prob(site["value"])
+    if not made.requires_grad:
         return
-    (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, retain_graph=True)
+    (gradient,) = torch.autograd.grad(made.sum(), x, allow_unused=True, retain_graph=True)
     if gradient is not None:
         raise ValueError(
             f"the value of site {name!r} depends on x, so freezing it would hide its gradient from an "
             "attack; sample standard noise and scale it in the model (out = x + scale(x) * eps)"
         )
+
+
+def _warn_of_store(*modules: nn.Module) -> None:
+    """Warns if Pyro's global store holds other values under the names of these modules' parameters."""
+    store = pyro.get_param_store()
+    found = []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            key = join(getattr(module, "_pyro_name", ""), name.removesuffix("_unconstrained"))
+            if key in store and not _equal(_unconstrained(store[key]), parameter):
+                found.append(key)
+    if found:
+        warnings.warn(
+            f"Pyro's parameter store holds other values of {', '.join(found)} than these modules, which a "
+            "Defense does not read; call guide(x) and model(x) outside of it first, so that the modules "
+            "take them over, or pyro.clear_param_store()",
+            stacklevel=4,
+        )
+
+
+def _equal(stored: Tensor, own: Tensor) -> bool:
+    return stored is own or (stored.shape == own.shape and bool((stored == own).all()))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from probdefense.logits.adapters import as_logits_fn
-from probdefense.objectives.elbo import weighted_kl
+from probdefense.objectives.elbo import expected, weighted_kl
 from probdefense.ops import log_mean_exp
 from probdefense.types import Inputs, Labels, LogitsFn, Objective
 from probdefense.validation import check_positive
@@ -61,13 +61,13 @@ def distilled(teacher: LogitsFn | None, temperature: float) -> Objective:
         step = defense.step(x, y)
         logits = step.logits / temperature
         if teacher is None:
-            loss = cross_entropy(logits, y)
+            loss = cross_entropy(logits, y, reduction="none")
         else:
             with torch.no_grad():
                 target = log_mean_exp((teacher(x) / temperature).log_softmax(-1))
             _check_classes(target, logits)
-            loss = kl_div(logits.log_softmax(-1), target, reduction="batchmean", log_target=True)
-        return temperature**2 * loss + weighted_kl(defense, step.kl, kl_weight)
+            loss = kl_div(logits.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+        return temperature**2 * expected(loss, [step]).mean() + weighted_kl(defense, step.kl, kl_weight)
 
     return distilled_objective
 

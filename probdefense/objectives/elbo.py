@@ -4,7 +4,8 @@ $$ \mathbb{E}_q \log p(y|x, \theta) \;\le\; \mathbb{E}_q \log \frac1K \sum_{k \l
    \;\le\; \log \mathbb{E}_q\, p(y|x, \theta) $$
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probdefense.ops import log_mean_exp
-from probdefense.types import Inputs, Labels, Objective
+from probdefense.types import JOINT, Inputs, Labels, Objective, Step
 from probdefense.validation import check_count
 
 Schedule = Callable[[float], float]
@@ -33,20 +34,23 @@ def elbo(
 
     Times `num_data` it equals Pyro's ``TraceMeanField_ELBO``. The KL covers every element of every
     site, once per data set, so ordinary learning rates hold. With nothing random it is cross-entropy.
+    Gradients reach discrete sites of your own guide by their score, as in Pyro's ``TraceGraph_ELBO``.
 
     Args:
         defense: A `Defense`.
         x: ``(batch, *event)``.
         y: ``(batch,)``.
         kl_weight: The temperature, one number or one per site; names may be patterns such as
-            ``"*.noise"``, and sites that no pattern matches keep weight 1. Zero is allowed.
+            ``"*.noise"``, and sites that no pattern matches keep weight 1. Zero is allowed. Sites of a
+            joint guide share one term, so they need one weight.
         num_particles: Draws to average over.
 
     Returns:
         A scalar in nats.
 
     Raises:
-        ValueError: a KL term without a known `num_data`, or a negative weight.
+        ValueError: a KL term without a known `num_data`, a negative weight, one for an unknown site, or
+            different weights for the sites of a joint guide.
 
     References:
         Blundell et al., 2015, [Weight Uncertainty in Neural Networks](https://arxiv.org/abs/1505.05424)
@@ -61,7 +65,8 @@ def elbo(
     losses = []
     for _ in range(num_particles):
         step = defense.step(x, y)
-        losses.append(-step.log_lik.mean() + weighted_kl(defense, step.kl, kl_weight))
+        log_lik = step.log_lik + _of_a_guess(step)
+        losses.append(-log_lik.mean() + weighted_kl(defense, step.kl, kl_weight))
     return sum(losses[1:], losses[0]) / num_particles
 
 
@@ -99,11 +104,27 @@ def multi_sample(num_samples: int) -> Objective:
         defense: Any, x: Inputs, y: Labels, *, kl_weight: float | Mapping[str, float] = 1.0
     ) -> Tensor:
         steps = [defense.step(x, y, defense.draw(x)) for _ in range(num_samples)]
-        bound = log_mean_exp(torch.stack([step.log_lik for step in steps]))
+        bound = expected(log_mean_exp(torch.stack([log_lik_of_draw(step) for step in steps])), steps)
         kl = sum(weighted_kl(defense, step.kl, kl_weight) for step in steps) / num_samples
-        return kl - bound.mean()
+        return kl - (bound + sum(_of_a_guess(step) for step in steps)).mean()
 
     return multi_sample_objective
+
+
+def expected(values: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Values per example of some draws, with the gradient of their expectation over discrete sites."""
+    scores = [step.score for step in steps if step.score is not None]
+    return values + values.detach() * sum(scores) if scores else values
+
+
+def log_lik_of_draw(step: Step) -> Tensor:
+    """The log-likelihood without its score term, for what is not linear in it; see `expected`."""
+    return step.log_lik if step.score is None else step.log_lik - step.log_lik.detach() * step.score
+
+
+def _of_a_guess(step: Step) -> Tensor | float:
+    """A baseline: scores weigh what a draw gains on a blind guess, which has less variance, same mean."""
+    return 0.0 if step.score is None else math.log(step.logits.shape[-1]) * step.score
 
 
 def weighted_kl(
@@ -112,8 +133,11 @@ def weighted_kl(
     """KL terms times their weights, in nats per example.
 
     Raises:
-        ValueError: a KL term without a known `num_data`, or a negative weight.
+        ValueError: a KL term without a known `num_data`, a negative weight, one for an unknown site, or
+            different weights for the sites of a joint guide.
     """
+    if isinstance(weight, Mapping):
+        _refuse_unknown(weight, {site for term in (*kl, *defense.sites) for site in term.split(JOINT)})
     terms = [(weight_of(name, weight), value) for name, value in kl.items()]
     terms = [(w, value) for w, value in terms if w != 0]
     if not terms:
@@ -126,10 +150,31 @@ def weighted_kl(
     return sum(w * value for w, value in terms) / defense.num_data
 
 
-def weight_of(site: str, weight: float | Mapping[str, float]) -> float:
-    """The KL weight of a site: the number, or that of the first pattern that matches its name."""
+def weight_of(term: str, weight: float | Mapping[str, float]) -> float:
+    """The KL weight of a term: the number, or that of the first pattern that matches its site's name."""
+    sites = term.split(JOINT)
+    weights = [_weight_of_site(site, weight) for site in sites]
+    if len(set(weights)) > 1:
+        raise ValueError(
+            f"the guide draws {', '.join(map(repr, sites))} from one joint density, so they have one KL "
+            f"term; got kl_weight {', '.join(map(str, weights))}: give them the same weight, or a guide "
+            "with a density per site such as AutoNormal"
+        )
+    return weights[0]
+
+
+def _weight_of_site(site: str, weight: float | Mapping[str, float]) -> float:
     if isinstance(weight, Mapping):
         weight = next((w for pattern, w in weight.items() if fnmatchcase(site, pattern)), 1.0)
     if weight < 0:
         raise ValueError(f"expected kl_weight >= 0, got {weight} for site {site!r}")
     return weight
+
+
+def _refuse_unknown(weight: Mapping[str, float], known: set[str]) -> None:
+    for pattern in weight:
+        if not any(fnmatchcase(site, pattern) for site in known):
+            raise ValueError(
+                f"kl_weight names {pattern!r}, which matches no random site; known are: "
+                f"{', '.join(sorted(known)) or '(none)'}"
+            )

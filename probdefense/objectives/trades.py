@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from probdefense.objectives.elbo import weighted_kl
+from probdefense.objectives.elbo import expected, weighted_kl
 from probdefense.types import Attack, Inputs, Labels, Logits, LossFn, Objective
 from probdefense.validation import check_positive
 
@@ -57,7 +57,7 @@ def trades(attack: Attack, beta: float) -> Objective:
             still = function(x)
         x_adv = attack(function, x, y, loss=divergence_from(still))
         clean, moved = defense.step(x, y, draws), defense.step(x_adv, y, draws)
-        change = divergence_from(clean.logits.unsqueeze(0))(moved.logits.unsqueeze(0), y)
+        change = expected(divergence_from(clean.logits.unsqueeze(0))(moved.logits.unsqueeze(0), y), [clean])
         kl = weighted_kl(defense, clean.kl, kl_weight)
         return beta * change.mean() - clean.log_lik.mean() + kl
 

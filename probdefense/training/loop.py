@@ -91,6 +91,7 @@ def fit(
                             {} if kl_schedule is None else {"kl_weight": kl_schedule(done / max(total, 1))}
                         )
                         loss = objective(defense, x, y, **options)
+                        _check_size(defense, loader, meter.examples + len(x))
                         _stop_if_not_finite(loss, epoch, done)
                         _descend(loss, optimizer, max_grad_norm)
                         meter.add(loss, len(x))
@@ -155,19 +156,28 @@ def _on_device(loader: Batches, defense: nn.Module) -> Iterator[tuple[Tensor, Te
 
 def _check_data(defense: nn.Module, loader: Batches) -> int:
     """Refuses a wrong `num_data` and an empty loader; returns the batches per epoch (0 if unknown)."""
+    if _size(loader) == 0:
+        raise ValueError("the loader has no examples; expected batches (x, y)")
+    _check_size(defense, loader)
+    return len(loader) if isinstance(loader, Sized) else 0
+
+
+def _size(loader: Batches) -> int | None:
     dataset = getattr(loader, "dataset", None)
     size = len(dataset) if isinstance(dataset, Sized) else None
-    if size is None and isinstance(loader, Sequence):
-        size = sum(len(y) for _, y in loader)
-    if size == 0:
-        raise ValueError("the loader has no examples; expected batches (x, y)")
-    known = getattr(defense, "num_data", None)
+    return sum(len(y) for _, y in loader) if size is None and isinstance(loader, Sequence) else size
+
+
+def _check_size(defense: Any, loader: Batches, seen: int = 0) -> None:
+    """Refuses a wrong `num_data`; a user's own model says it with its first step, in the plate."""
+    known, size = getattr(defense, "num_data", None), _size(loader)
+    size = seen if size is None and known is not None and seen > known else size
     if known is not None and size is not None and known != size:
         raise ValueError(
             f"the defense was built with num_data={known} but the loader's data set has {size} examples, "
-            f"so the KL term would have the wrong weight; build it with num_data={size}"
+            f"so the KL term would have the wrong weight; build it with num_data={size}, or in a model of "
+            f"your own write pyro.plate(..., size={size}, subsample=x)"
         )
-    return len(loader) if isinstance(loader, Sized) else 0
 
 
 def _check_optimizer(defense: Any, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer:

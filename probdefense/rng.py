@@ -7,12 +7,16 @@ other batch sizes therefore see the same numbers, on every device.
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from probdefense.types import Seed
+
+GLOBAL = threading.RLock()
+"""Held by whoever relies on state that all threads share: torch's generators, Pyro's stack of handlers."""
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -62,13 +66,14 @@ def derive(seed: int, *path: int | str) -> int:
 def forked(seed: int | None, device: torch.device | None = None) -> Iterator[None]:
     """Runs the block from `seed` and puts torch's global random state back afterwards.
 
-    With ``seed=None`` the block uses, and moves, the global state.
+    With ``seed=None`` the block uses, and moves, the global state. Seeded blocks of several threads run one
+    after another, so that each sees its own numbers; threads that draw without a seed meanwhile disturb them.
     """
     if seed is None:
         yield
         return
     cuda = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with GLOBAL, torch.random.fork_rng(devices=cuda):
         reseed(seed, device)
         yield
 

@@ -6,6 +6,7 @@ it through one function, `Defense.step`; attacks see it as a differentiable `Log
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,11 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from probdefense.core.description import describe
 from probdefense.core.programs import Guide, Model
 from probdefense.core.replayed import Replayed
-from probdefense.core.sites import NoiseSite, Site, layer_name, noise_sites
+from probdefense.core.settings import check_settings, packed, settings_of, unpacked
+from probdefense.core.sites import Site, noise_sites
+from probdefense.core.smoothing import input_noise
 from probdefense.core.vectorized import Vectorized
 from probdefense.logits.adapters import Decided, Samples, Static
-from probdefense.nn.noise import Noise
-from probdefense.nn.surgery import reads_raw_input
 from probdefense.types import Draws, Inputs, Labels, Logits, LogitsFn, Rule, Step
 from probdefense.validation import check_count, check_labels, check_member
 
@@ -121,20 +122,11 @@ class Defense(nn.Module):
 
     @property
     def input_noise(self) -> tuple[str, Tensor] | None:
-        """Family and scale (in pixels) of additive noise on the raw input, or None.
+        """``"normal"`` and the standard deviation (in pixels) of centered noise on the raw input, or None.
 
         Only a layer that everything else in the network sees the input through counts.
         """
-        for site in self.sites.values():
-            layer = self.net.get_submodule(layer_name(site.path)) if isinstance(site, NoiseSite) else None
-            if not isinstance(layer, Noise) or layer.multiplicative or layer.when == "train":
-                continue
-            if layer.when == "test" and layer.training:
-                continue
-            if reads_raw_input(self.net, layer):
-                scale = layer.scale if site.posterior is None else layer.scale * site.posterior().stddev
-                return type(layer.eps.family).__name__.lower(), scale.detach()
-        return None
+        return input_noise(self.net, self.sites.values())
 
     def forward(
         self,
@@ -211,14 +203,15 @@ class Defense(nn.Module):
             ValueError: a batch larger than `num_data`, or labels that the logits have no column for.
         """
         check_labels(y, len(x))
-        if self.num_data is not None and len(x) > self.num_data:
+        engine, limit = self._engine, self.model.num_data if isinstance(self.model, Model) else None
+        if limit is not None and len(x) > limit:
             raise ValueError(
-                f"expected a batch of at most num_data={self.num_data} examples, got {len(x)}; "
+                f"expected a batch of at most num_data={limit} examples, got {len(x)}; "
                 "build the defense with num_data=len(train_set)"
             )
-        if self._num_data is None and isinstance(self._engine, Replayed):
-            self._num_data = self._engine.num_data(x, y)
-        step = self._engine.step(x, y, draws)
+        step = engine.step(x, y, draws)
+        if isinstance(engine, Replayed):
+            self._num_data = engine.num_data
         for hook in self._step_hooks.values():
             hook(step, y)
         return step
@@ -267,6 +260,31 @@ class Defense(nn.Module):
             {"params": [p for p in trained if id(p) in free], "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
+
+    def get_extra_state(self) -> Tensor:
+        """Thresholds, rates, ceilings, floors and families, which no tensor of the state holds."""
+        return packed(settings_of(self))
+
+    def set_extra_state(self, state: Any) -> None:
+        """Refuses a state that was made with other settings.
+
+        Raises:
+            ValueError: they differ; names them.
+        """
+        check_settings(unpacked(state), settings_of(self))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """As torch does it; a state without our entry is taken as one of these settings, with a warning."""
+        entry = f"{prefix}_extra_state"
+        if entry not in state_dict:
+            own = settings_of(self)
+            if own:
+                warnings.warn(
+                    f"the state does not say with which settings it was made; these are taken: {own}",
+                    stacklevel=2,
+                )
+            state_dict[entry] = packed(own)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def register_step_hook(self, hook: Callable[[Step, Labels], None]) -> RemovableHandle:
         """Calls `hook(step, y)` after every training forward, until the handle is removed."""

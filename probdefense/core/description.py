@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from probdefense.core.families import Fixed
-from probdefense.core.sites import NoiseSite, Site, layer_name
+from probdefense.core.sites import Site
+from probdefense.core.smoothing import deviation, noise_layer
 from probdefense.tables import format_table
 
 COLUMNS = ("site", "elements", "prior", "posterior", "scale")
@@ -25,10 +26,11 @@ def describe(defense: Any) -> str:
 
 
 def _row(net: nn.Module, site: Site) -> dict[str, str]:
-    layer = net.get_submodule(layer_name(site.path)) if isinstance(site, NoiseSite) else None
-    scale = getattr(layer, "scale", None)
-    if scale is None:
+    layer = noise_layer(net, site)
+    if layer is None:
         scale = getattr(site.posterior, "scale", None)
+    else:
+        scale = deviation(layer, site.distribution("posterior"))
     return {
         "site": site.name,
         "elements": "per example" if site.local else f"{site.size:,}",

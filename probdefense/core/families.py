@@ -75,6 +75,8 @@ def _kl_multiplicative(q: Any, p: Any) -> Tensor:
 class Fixed(nn.Module):
     """A distribution without trained parameters, kept in buffers so that it moves with its module."""
 
+    function_settings = ("kind",)
+
     def __init__(self, distribution: Distribution):
         super().__init__()
         # The Pyro class of the same name, so that torch's own distributions may be given.
@@ -85,12 +87,24 @@ class Fixed(nn.Module):
             self.names.remove("probs" if "logits" in distribution.__dict__ else "logits")
         for name in self.names:
             self.register_buffer(name, torch.as_tensor(getattr(distribution, name)).detach().clone())
-        values = [getattr(self, name).tolist() for name in self.names]
-        self.standard_normal = self.kind is dist.Normal and values == [0.0, 1.0]
+        self.standard_normal = self._is_standard_normal()
+        self.register_load_state_dict_post_hook(_read_anew)
+
+    def _is_standard_normal(self) -> bool:
+        """Whether fresh draws are those of ``torch.randn``."""
+        return self.kind is dist.Normal and [getattr(self, name).tolist() for name in self.names] == [
+            0.0,
+            1.0,
+        ]
 
     def forward(self) -> Distribution:
         """The distribution, on the device where the module is."""
         return self.kind(**{name: getattr(self, name) for name in self.names}, validate_args=False)
+
+
+def _read_anew(module: Fixed, _: Any) -> None:
+    """After a load the numbers may be others."""
+    module.standard_normal = module._is_standard_normal()
 
 
 class MeanField(nn.Module):
@@ -102,6 +116,8 @@ class MeanField(nn.Module):
         family: ``Normal``, ``Laplace`` or another class of ``(loc, scale)`` with mean ``loc``.
         floor: The smallest scale.
     """
+
+    function_settings = ("kind", "floor")
 
     def __init__(self, loc: Tensor, init_scale: float, family: Any = dist.Normal, floor: float = 0.0):
         super().__init__()
@@ -121,12 +137,16 @@ class MeanField(nn.Module):
 
 
 class Spread(nn.Module):
-    """A zero-mean posterior whose scale is a trained multiple, at least `floor`, of the standard prior's."""
+    """A zero-mean posterior whose trained scale, at least `floor`, starts at `scale`."""
 
-    def __init__(self, shape: tuple[int, ...], family: Any = dist.Normal, floor: float = 0.0):
+    function_settings = ("kind", "floor")
+
+    def __init__(
+        self, shape: tuple[int, ...], family: Any = dist.Normal, floor: float = 0.0, scale: float = 1.0
+    ):
         super().__init__()
         self.kind, self.floor = family, floor
-        self.log_scale = nn.Parameter(torch.full(shape, 1 - floor).log())
+        self.log_scale = nn.Parameter(torch.full(shape, scale - floor).log())
 
     def forward(self) -> Distribution:
         """The distribution of one element, batch shape that of the scale."""

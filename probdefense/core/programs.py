@@ -7,6 +7,7 @@ Both sample in one order and through one function, so a seed means the same draw
 guide never runs the network: the event shapes of local sites come from one pass without arithmetic.
 """
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -21,7 +22,27 @@ from torch.func import functional_call
 from probdefense.core.sites import NoiseSite, Site, unique_names
 from probdefense.nn.passes import execution_order, explained, held_still
 from probdefense.nn.placeholder import placeholders
+from probdefense.rng import GLOBAL
 from probdefense.types import Draws, Inputs, Labels
+
+
+class Turn:
+    """A re-entrant lock of a module: while one thread runs it, its tensors and modes are swapped in place.
+
+    A copy of the module gets a lock of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
+        return Turn, ()
 
 
 class Use(NamedTuple):
@@ -38,7 +59,7 @@ class Model(nn.Module):
 
     def __init__(self, net: nn.Module, sites: list[Site], num_data: int | None):
         super().__init__()
-        self.net, self.num_data = net, num_data
+        self.net, self.num_data, self.turn = net, num_data, Turn()
         self.sites = dict(unique_names(sites))
         self.priors = nn.ModuleDict({_key(s): s.prior for s in sites if s.prior is not None})
         self._uses: dict[tuple[int, ...], list[Use]] = {}
@@ -52,7 +73,8 @@ class Model(nn.Module):
         """Local sites in the order in which the network meets them, for inputs like `x`."""
         key = tuple(x.shape[1:])
         if key not in self._uses:
-            self._uses[key] = self._find_uses(x) if placeholders(self.net) else []
+            with GLOBAL, self.turn:  # in this order everywhere; a network without a meta pass runs seeded
+                self._uses[key] = self._find_uses(x) if placeholders(self.net) else []
         return self._uses[key]
 
     def _find_uses(self, x: Inputs) -> list[Use]:
@@ -81,9 +103,9 @@ class Model(nn.Module):
         With `still`, BatchNorm and Dropout behave as in ``eval()``; `state` replaces parameters.
         """
         tensors = self.fill(x, values, state)
-        for hole in placeholders(self.net).values():
-            hole.uses = 0
-        with held_still(self.net) if still else nullcontext(), explained(x):
+        with self.turn, held_still(self.net) if still else nullcontext(), explained(x):
+            for hole in placeholders(self.net).values():
+                hole.uses = 0
             return functional_call(self.net, tensors, (x,)) if tensors else self.net(x)
 
     def forward(self, x: Inputs, y: Labels | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from probdefense.core.evidence import Given, Parents, batch_dim, evidence, is_subsample, random_sites
 from probdefense.core.sites import join
 from probdefense.nn.passes import held_still
-from probdefense.rng import derive, forked
+from probdefense.rng import GLOBAL, derive, forked
 from probdefense.types import Draws, Inputs, Labels, Step
 
 
@@ -30,9 +30,10 @@ from probdefense.types import Draws, Inputs, Labels, Step
 def own_params() -> Iterator[None]:
     """The parameter store is empty for the block and as it was afterwards: modules bring their own.
 
-    So modules work whether or not they were made under ``module_local_params``.
+    So modules work whether or not they were made under ``module_local_params``. The store, the setting and
+    Pyro's stack of handlers belong to all threads, so one of them is here at a time.
     """
-    with pyro.settings.context(module_local_params=False), pyro.get_param_store().scope():
+    with GLOBAL, pyro.settings.context(module_local_params=False), pyro.get_param_store().scope():
         yield
 
 
@@ -55,7 +56,7 @@ class Replayed:
             try:
                 with torch.no_grad(), forked(0, example.device), held_still(self.model):
                     self._refuse_loose(self.trace(example))
-            except ValueError as error:
+            except (ValueError, RuntimeError, NotImplementedError) as error:
                 if not isinstance(self.guide, AutoGuide):
                     raise
                 raise ValueError(
@@ -120,7 +121,7 @@ class Replayed:
 
     def mean(self, x: Inputs) -> Tensor:
         """Logits with every latent site at the mean of the guide, ``(1, batch, classes)``."""
-        with Means():
+        with GLOBAL, Means():
             guide = self.trace(x)
             with own_params(), held_still(self.model), Given(_values(guide, plates=True)):
                 return self.model(x, _any_labels(x)).unsqueeze(0)

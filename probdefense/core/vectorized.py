@@ -149,7 +149,7 @@ class Vectorized:
             def one(values: Draws) -> Tensor:
                 return self.model.logits(x, values, state=state)
 
-            with held_still(self.model.net):
+            with self.model.turn, held_still(self.model.net):
                 return vmap(one)({**weights, **noise})
         rows = {
             name: value.expand(count, len(x), *value.shape[2:]).flatten(0, 1) if count > 1 else value[0]

@@ -148,12 +148,15 @@ def _guess(hosts: dict[str, nn.Module]) -> Inputs:
 def _variational(net: nn.Module, path: str, shape: tuple[int, ...], floor: float) -> Site:
     hole, layer = placeholders(net)[path], net.get_submodule(layer_name(path))
     assert isinstance(layer, Noise)
-    sigma = float(layer.scale)
-    if not isinstance(hole.family, dist.Normal | dist.Laplace):
+    prior = Fixed(hole.family)
+    if prior.kind not in (dist.Normal, dist.Laplace):
         raise ValueError(
             f"scale='variational' needs Normal or Laplace noise, got {type(hole.family).__name__}"
         )
-    if sigma <= floor:
-        raise ValueError(f"expected scales above floor={floor}, got {sigma:g} at {layer_name(path)}")
-    prior, posterior = Fixed(hole.family), Spread(shape, type(hole.family), floor / sigma)
+    if float(prior.get_buffer("loc")) != 0:
+        raise ValueError(f"scale='variational' needs noise around 0, got {hole.family}")
+    sigma, width = float(layer.scale), float(prior.get_buffer("scale"))
+    if sigma * width <= floor:
+        raise ValueError(f"expected scales above floor={floor}, got {sigma * width:g} at {layer_name(path)}")
+    posterior = Spread(shape, prior.kind, floor / sigma, width)
     return NoiseSite(layer_name(path), prior.to(hole.value), posterior.to(hole.value), path)

@@ -25,6 +25,8 @@ class BReLU(nn.Module):
         tensor([0.0000, 0.5000, 1.0000])
     """
 
+    function_settings = ("ceiling",)
+
     def __init__(self, ceiling: float = 1.0):
         super().__init__()
         check_positive("ceiling", ceiling)

@@ -28,6 +28,8 @@ class MaskedDropout(nn.Module):
         tensor([[2., 0.]])
     """
 
+    function_settings = ("keep",)
+
     def __init__(self, rate: float, *, per_channel: bool = False):
         super().__init__()
         if not 0 < rate < 1:

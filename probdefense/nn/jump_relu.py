@@ -39,6 +39,8 @@ class JumpReLU(nn.Module):
         tensor([0.0000, 0.0000, 0.0000, 0.7000])
     """
 
+    function_settings = ("kappa",)
+
     def __init__(self, kappa: float | Distribution):
         super().__init__()
         self.kappa = float(kappa.mean if isinstance(kappa, Distribution) else kappa)
@@ -78,6 +80,8 @@ class MarginalJumpReLU(nn.Module):
     """
 
     noise_coefficients = True  # no weight decay on these parameters, and no prior by default
+
+    function_settings = ("kind",)
 
     def __init__(self, kappa: Distribution):
         super().__init__()

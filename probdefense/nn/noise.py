@@ -41,6 +41,8 @@ class Noise(nn.Module):
 
     noise_coefficients = True  # no weight decay on these parameters, and no prior by default
 
+    function_settings = ("floor", "multiplicative", "when")
+
     def __init__(
         self,
         scale: float = 0.1,
@@ -86,6 +88,6 @@ class Noise(nn.Module):
         return torch.addcmul(x, self.scale, eps * x if self.multiplicative else eps)
 
     def extra_repr(self) -> str:
-        scale = self.scale.detach()
+        scale = self.scale.detach() * self.eps.family.stddev
         value = f"{float(scale):.4g}" if scale.dim() == 0 else f"{float(scale.mean()):.4g} (mean)"
-        return f"scale={value}, learned={self.learned}"
+        return f"std={value}, learned={self.learned}"

@@ -28,6 +28,7 @@ class Placeholder(nn.Module):
     """
 
     value: Tensor
+    function_settings = ("family", "axes")
 
     def __init__(self, family: Distribution, *, neutral: float = 0.0, axes: int | None = None):
         super().__init__()

@@ -211,3 +211,44 @@ def test_a_seed_fixes_the_certificate_and_nothing_else_moves():
     state = torch.get_rng_state()
     first, second = (pd.certify(defense, x, n0=10, n=50, seed=4) for _ in range(2))
     assert torch.equal(first.share, second.share) and torch.equal(state, torch.get_rng_state())
+
+
+EFFECTIVE = [
+    ({"sigma_init": 0.25, "family": torch.distributions.Normal(0.0, 0.1)}, 0.025),
+    ({"sigma_init": 0.25, "family": torch.distributions.Normal(0.0, 2.0)}, 0.5),
+    ({"sigma_init": 0.25, "family": torch.distributions.Normal(0.0, 0.1), "scale": "learned"}, 0.025),
+    ({"sigma_init": 0.25, "family": torch.distributions.Normal(0.0, 0.1), "scale": "variational"}, 0.025),
+    ({"sigma_init": 0.25}, 0.25),
+]
+
+
+@pytest.mark.parametrize("options, sigma", EFFECTIVE)
+def test_the_noise_that_is_certified_is_the_noise_that_acts(options, sigma):
+    world = LinearWorld()
+    x, _ = world.points(20)
+    defense = pd.defenses.rse(world.net, before_linear=True, num_data=20, **options)
+    with torch.no_grad():
+        acts = defense(x, 4000) - world.net(x)
+    measured = float(acts.diff(dim=-1).std() / world.w.norm())
+    assert measured == pytest.approx(sigma, rel=0.02)
+    assert defense.input_noise[0] == "normal" and float(defense.input_noise[1]) == pytest.approx(sigma)
+    found = pd.certify(defense, x, n0=50, n=500, alpha=1e-4, seed=0)
+    assert found.sigma == pytest.approx(sigma)
+    assert bool((found.radius <= world.distance(x)).all())
+    assert f"{sigma:.3g}" in repr(defense).splitlines()[-1].split()[-1]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        torch.distributions.Normal(0.5, 1.0),
+        torch.distributions.Laplace(0.0, 1.0),
+        torch.distributions.Uniform(-1.0, 1.0),
+        torch.distributions.StudentT(3.0),
+    ],
+)
+def test_noise_that_is_not_centered_normal_has_no_certificate(family):
+    defense = pd.defenses.rse(LinearWorld().net, before_linear=True, family=family)
+    assert defense.stochastic and defense.input_noise is None
+    with pytest.raises(ValueError, match="no certificate"):
+        pd.certify(defense, LinearWorld().points(2)[0], n0=2, n=10)

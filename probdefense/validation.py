@@ -1,10 +1,12 @@
 """The public border: every message says what was expected, what came and what to do."""
 
+import inspect
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_inputs(x: Any, name: str = "x") -> None:
@@ -17,7 +19,10 @@ def check_inputs(x: Any, name: str = "x") -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {name} as a torch.Tensor (batch, *event), got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"expected float {name} in [0, 1], got {x.dtype}; divide integer images by 255 first")
+        raise TypeError(
+            f"expected float {name} in [0, 1], got {x.dtype}; divide integer images by 255 first; tokens are out of "
+            "scope: give the network their embeddings, scaled to [0, 1], or attack text with TextAttack"
+        )
     if x.dim() < 2:
         raise ValueError(
             f"expected {name} with a batch axis, (batch, *event), got shape {tuple(x.shape)}; "
@@ -44,11 +49,25 @@ def check_labels(y: Any, batch: int, name: str = "y") -> None:
     """
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"expected {name} as int64 class indices, got {kind}; convert with y.long()")
+        raise TypeError(f"expected {name} as int64 class indices, got {kind}; {_to_labels(y, name)}")
     if y.shape != (batch,):
         raise ValueError(f"expected {name} of shape ({batch},), one label per example, got {tuple(y.shape)}")
     if int(y.min()) < 0:
         raise ValueError(f"expected {name} >= 0, got {int(y.min())}; labels are class indices from 0")
+
+
+def _to_labels(y: Any, name: str) -> str:
+    """What to do with labels of another kind."""
+    if not isinstance(y, Tensor):
+        return f"convert with torch.as_tensor({name})"
+    if y.dim() == 2:
+        return f"take the class of one-hot or soft labels with {name}.argmax(1)"
+    if y.is_floating_point() or y.is_complex():
+        return (
+            "regression is out of scope: train it with Pyro's own SVI, or cut the target into classes with "
+            f"torch.bucketize({name}, boundaries)"
+        )
+    return f"convert with {name}.long()"
 
 
 def check_classes(y: Tensor, num_classes: int, name: str = "y") -> None:
@@ -144,6 +163,23 @@ def check_norm(norm: Any) -> None:
     """
     if norm not in (1, 2, math.inf):
         raise ValueError(f"expected norm 1, 2 or math.inf, got {norm!r}")
+
+
+def check_function(name: str, value: Any, *arguments: str, **options: Any) -> None:
+    """Refuses what cannot be called with these arguments and options.
+
+    Raises:
+        TypeError: not a function, or one of other arguments.
+    """
+    wanted = f"expected {name} as a function of ({', '.join((*arguments, *options))})"
+    if not callable(value):
+        raise TypeError(f"{wanted}, got {type(value).__name__} {value!r:.60}")
+    with suppress(ValueError):  # of some builtin functions nobody knows the arguments
+        signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
+        try:
+            signature.bind(*arguments, **options)
+        except TypeError as error:
+            raise TypeError(f"{wanted}, got one of {signature}: {error}; wrap it in a lambda") from error
 
 
 def check_member(name: str, value: str, known: Any) -> None:

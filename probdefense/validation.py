@@ -20,8 +20,8 @@ def check_inputs(x: Any, name: str = "x") -> None:
         raise TypeError(f"expected {name} as a torch.Tensor (batch, *event), got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(
-            f"expected float {name} in [0, 1], got {x.dtype}; divide integer images by 255 first; tokens are out of "
-            "scope: give the network their embeddings, scaled to [0, 1], or attack text with TextAttack"
+            f"expected float {name} in [0, 1], got {x.dtype}; divide integer images by 255 first; tokens are "
+            "out of scope: give the network their embeddings, scaled to [0, 1], or attack text with TextAttack"
         )
     if x.dim() < 2:
         raise ValueError(

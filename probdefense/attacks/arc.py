@@ -102,7 +102,8 @@ class Boundaries(NamedTuple):
 def _boundaries(members: LogitsFn, points: Inputs, y: Labels, ball: Ball, number: int) -> Boundaries:
     """The nearest boundary of every member, from one copy of the points for each."""
     answers = ask(members, points)
-    count, unit = len(answers), spread(answers).clamp_min(torch.finfo(answers.dtype).tiny).flatten()
+    count, unit = len(answers), spread(answers).flatten()
+    unit = torch.where(unit > 0, unit, 1.0)
 
     def behind(logits: Logits) -> Tensor:
         own = logits.unflatten(1, (count, len(y))).diagonal().movedim(-1, 0)

@@ -227,3 +227,38 @@ def test_noise_alone_has_no_signal():
 def test_a_constant_function_has_gradients_of_zero():
     line, x, y = NoisyLine([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]), torch.rand(4, 3), torch.zeros(4).long()
     assert gradient_signal(line, x, y, loss=margin, num_samples=2).zeros.tolist() == [1.0] * 4
+
+
+def test_the_worst_of_several_selects_by_the_target(digits_net):
+    """A point that is wrong by far, but not in the way wanted, must not replace a hit."""
+    net, (x, y) = digits_net
+    defense, target = pd.deterministic(net), (y + 3) % 10
+    parts = [
+        partial(pgd, num_steps=15),
+        partial(apgd, num_steps=15),
+        fgsm,
+        partial(pgd, loss=margin, num_steps=15),
+    ]
+
+    def hit(attack):
+        return net(attack(defense, x, y, eps=0.35, target=target, seed=0)).argmax(1) == target
+
+    alone, together = [hit(part) for part in parts], hit(worst_of(parts))
+    assert float(together.float().mean()) >= max(float(one.float().mean()) for one in alone)
+    assert float(together.float().mean()) > 0.8
+
+
+def test_the_worst_of_several_selects_by_the_target_on_draws_and_in_chunks(digits_rse):
+    defense, (x, y) = digits_rse
+    target = (y + 3) % 10
+    both = worst_of([partial(fgsm, eps=0.0), partial(pgd, num_steps=20)])
+    x_adv = both(defense.samples(4), x, y, eps=0.5, target=target, seed=0, max_batch=25)
+    assert float((defense(x_adv, 100).mean(0).argmax(-1) == target).float().mean()) > 0.8
+
+
+def test_the_worst_of_points_that_are_no_numbers_is_refused():
+    def broken(logits_fn, x, y):
+        return x * torch.nan
+
+    with pytest.raises(FloatingPointError, match="NaN or infinite logits in worst for 6 of 6 examples"):
+        worst_of([fgsm, broken])(defended("deterministic"), *tiny_batch(), eps=0.1)

@@ -83,7 +83,8 @@ def input_jacobian(
         FloatingPointError: NaN or infinite gradients.
     """
     point, values, logits = _forward(logits_fn, x, scores, where)
-    columns = values.unbind(1)
+    with torch.enable_grad():
+        columns = values.unbind(1)
     last = len(columns) - 1
     gradients = [_backward(column, point, where, keep=k < last) for k, column in enumerate(columns)]
     return Gradient(torch.stack(gradients), values.detach().to(x.dtype).T, logits)
@@ -108,7 +109,8 @@ def _forward(
 
 
 def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) -> Tensor:
-    (gradient,) = torch.autograd.grad(values.sum(), point, retain_graph=keep, allow_unused=True)
+    every = torch.ones_like(values)
+    (gradient,) = torch.autograd.grad(values, point, every, retain_graph=keep, allow_unused=True)
     if gradient is None:
         raise _detached(where)
     # One sum sees every NaN and infinity; which examples they are in is asked only then.

@@ -24,6 +24,7 @@ from probdefense.core.sites import join
 from probdefense.nn.passes import held_still
 from probdefense.rng import GLOBAL, derive, forked
 from probdefense.types import Draws, Inputs, Labels, Step
+from probdefense.validation import check_output
 
 
 @contextmanager
@@ -69,6 +70,7 @@ class Replayed:
                 f"{type(self.guide).__name__} makes its parameters on its first call, so there is "
                 "nothing to train yet; pass example=x, a batch of inputs"
             )
+        _refuse_rows(self.guide)
         _warn_of_store(self.model, self.guide)
 
     def _refuse_loose(self, trace: Trace) -> None:
@@ -106,8 +108,7 @@ class Replayed:
             )
         found = evidence(model, guide, len(x))
         self.num_data = found.num_data
-        logits: Any = model.nodes["_RETURN"]["value"]
-        return Step(logits, found.log_lik, found.kl, values, found.score)
+        return Step(self._answer(model.nodes["_RETURN"]["value"], x), found.log_lik, found.kl, values, found.score)
 
     def draw(self, x: Inputs) -> Draws:
         """One joint draw of all latent sites for a batch: the guide's, and those of the model alone."""
@@ -117,14 +118,19 @@ class Replayed:
     def at(self, x: Inputs, draws: Draws) -> Tensor:
         """Logits at one given draw, ``(1, batch, classes)``."""
         with own_params(), held_still(self.model), Given(draws):
-            return self.model(x).unsqueeze(0)
+            return self._answer(self.model(x), x).unsqueeze(0)
 
     def mean(self, x: Inputs) -> Tensor:
         """Logits with every latent site at the mean of the guide, ``(1, batch, classes)``."""
         with GLOBAL, Means():
             guide = self.trace(x)
             with own_params(), held_still(self.model), Given(_values(guide, plates=True)):
-                return self.model(x, _any_labels(x)).unsqueeze(0)
+                return self._answer(self.model(x, _any_labels(x)), x).unsqueeze(0)
+
+    @staticmethod
+    def _answer(logits: Any, x: Inputs) -> Tensor:
+        check_output(logits, len(x))
+        return logits
 
     def traces(self, x: Inputs) -> tuple[Trace, Trace]:
         """One run of the guide and one of the model at its values."""
@@ -285,6 +291,20 @@ def _refuse_dependence(name: str, site: Any, x: Tensor) -> None:
             f"the value of site {name!r} depends on x, so freezing it would hide its gradient from an "
             "attack; sample standard noise and scale it in the model (out = x + scale(x) * eps)"
         )
+
+
+def _refuse_rows(guide: nn.Module) -> None:
+    """Refuses an autoguide with a posterior per example: each batch would get that of random others."""
+    if not isinstance(guide, AutoGuide) or guide.create_plates is not None:
+        return
+    plates = [name for name, frame in guide._prototype_frames.items() if frame.full_size != frame.size]
+    for name, site in guide.prototype_trace.nodes.items() if plates else ():
+        if site["type"] == "sample" and any(frame.name in plates for frame in site["cond_indep_stack"]):
+            raise ValueError(
+                f"{type(guide).__name__} would fit one value of site {name!r} to every row of the plate "
+                f"{plates[0]!r} and draw the rows at random; hide the site from it, so that it keeps its "
+                "prior, write a guide for it, or say which rows a batch is with create_plates="
+            )
 
 
 def _warn_of_store(*modules: nn.Module) -> None:

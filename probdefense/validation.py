@@ -21,7 +21,7 @@ def check_inputs(x: Any, name: str = "x") -> None:
     if not x.is_floating_point():
         raise TypeError(
             f"expected float {name} in [0, 1], got {x.dtype}; divide integer images by 255 first; tokens are "
-            "out of scope: give the network their embeddings, scaled to [0, 1], or attack text with TextAttack"
+            "out of scope: give the network embeddings, scaled to [0, 1], or attack text with TextAttack"
         )
     if x.dim() < 2:
         raise ValueError(
@@ -83,20 +83,71 @@ def check_classes(y: Tensor, num_classes: int, name: str = "y") -> None:
         )
 
 
+def check_output(output: Any, batch: int) -> None:
+    """Refuses anything but the logits of a network for its batch.
+
+    Raises:
+        TypeError: not a tensor, or not of floats.
+        ValueError: not ``(batch, classes)``, or fewer than two classes.
+    """
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        came = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            f"expected the network to return logits (batch, classes) as one float tensor, got {came}; wrap "
+            "it in a module whose forward returns them, such as net(x)[0], net(x)['logits'] or net(x).logits"
+        )
+    if output.dim() != 2 or output.shape[0] != batch:
+        raise ValueError(
+            f"expected the network to return logits ({batch}, classes), got {tuple(output.shape)}; flatten "
+            "or average the other axes inside the network"
+        )
+    check_num_classes(output.shape[1])
+
+
+def check_num_classes(count: int) -> None:
+    """Refuses a single logit, on which a softmax is always sure.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if count < 2:
+        raise ValueError(
+            f"expected logits of at least two classes, got {count}; a network with one logit becomes one "
+            "with two by probdefense.nn.TwoLogits(net)"
+        )
+
+
 def check_logits(logits: Any, batch: int) -> None:
     """Refuses anything but logits with a sample axis.
 
     Raises:
         TypeError: not a tensor.
-        ValueError: not ``(samples, batch, classes)``.
+        ValueError: not ``(samples, batch, classes)``, or fewer than two classes.
     """
     if not isinstance(logits, Tensor):
-        raise TypeError(f"expected logits (samples, batch, classes), got {type(logits).__name__}")
+        raise TypeError(
+            f"expected logits (samples, batch, classes) as one tensor, got {type(logits).__name__}; return "
+            "the logits alone, with a sample axis in front"
+        )
     if logits.dim() != 3 or logits.shape[1] != batch or logits.shape[0] < 1:
         raise ValueError(
             f"expected logits (samples, {batch}, classes), got {tuple(logits.shape)}; "
             "wrap a plain network with probdefense.deterministic(net)"
         )
+    check_num_classes(logits.shape[2])
+
+
+def check_answer(logits: Any, batch: int, where: str) -> Tensor:
+    """The logits of an answer that decides something, in single precision or better.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not ``(samples, batch, classes)``, or fewer than two classes.
+        FloatingPointError: NaN or infinity, see `check_finite_logits`.
+    """
+    check_logits(logits, batch)
+    check_finite_logits(logits, where)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -27,7 +27,14 @@ from probdefense.progress import progress_bar
 from probdefense.rng import forked
 from probdefense.tables import format_table
 from probdefense.types import Inputs, Labels, LogitsFn
-from probdefense.validation import check_count, check_inputs, check_labels, check_positive, check_share
+from probdefense.validation import (
+    check_answer,
+    check_count,
+    check_inputs,
+    check_labels,
+    check_positive,
+    check_share,
+)
 
 VOTES_PER_LOOK = 50
 """Votes between two looks of the sequential certificate."""
@@ -170,8 +177,8 @@ def smoothing_scale(defense: Any) -> float:
     noise = defense.input_noise
     if noise is None:
         raise ValueError(
-            "no certificate: the defense has no additive noise on its raw pixels, normal and around zero, that "
-            "everything else sees them through. Noise of another family or behind a layer does not count "
+            "no certificate: the defense has no additive noise on its raw pixels, normal and around zero, "
+            "that everything else sees them through. Noise of another family or behind a layer does not count "
             "(behind a normalization its scale is not in pixels), nor does noise in training only, and a "
             "defense that adapts to its inputs has none; put it first, as in "
             "probdefense.defenses.rse(net, sigma_init=0.25)"
@@ -272,7 +279,8 @@ def _votes(defense: LogitsFn, x: Inputs, count: int) -> Tensor:
     total: Tensor | int = 0
     with progress_bar("certify", math.ceil(count / at_once)) as advance:
         for start in range(0, count, at_once):
-            logits = defense(x, min(at_once, count - start))
+            answer = defense(x, min(at_once, count - start))
+            logits = check_answer(answer, len(x), "the votes of a certificate")
             total = total + one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
             advance()
     return torch.as_tensor(total)

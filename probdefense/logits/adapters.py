@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from probdefense.logits.rules import as_rule
 from probdefense.types import Inputs, Logits, LogitsFn, Rule
-from probdefense.validation import check_count, check_logits
+from probdefense.validation import check_answer, check_count, check_logits
 
 
 class Samples:
@@ -201,4 +201,4 @@ class Decided(nn.Module):
 
     def forward(self, x: Inputs) -> Tensor:
         """Scores of the rule, ``(batch, classes)``: log-probabilities for `mean_prob`."""
-        return self.rule(self.logits_fn(x))
+        return self.rule(check_answer(self.logits_fn(x), len(x), "the draws of a module"))

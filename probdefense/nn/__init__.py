@@ -6,6 +6,7 @@ from probdefense.nn.jump_relu import JumpReLU, MarginalJumpReLU, smoothed_jump
 from probdefense.nn.noise import Noise
 from probdefense.nn.normalize import Normalize
 from probdefense.nn.relative_noise import RelativeNoise
+from probdefense.nn.two_logits import TwoLogits
 
 __all__ = [
     "BReLU",
@@ -15,5 +16,6 @@ __all__ = [
     "Noise",
     "Normalize",
     "RelativeNoise",
+    "TwoLogits",
     "smoothed_jump",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from probdefense.logits.adapters import can_freeze
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Logits, LogitsFn
-from probdefense.validation import check_logits
+from probdefense.validation import check_answer
 
 BLOCK = 10
 """Draws at a time; fixed, because it decides which numbers a seed stands for."""
@@ -107,5 +107,4 @@ def _in_seeded_chunks(logits_fn: LogitsFn, x: Inputs, count: int, key: int) -> L
 
 
 def _checked(logits: Logits, x: Inputs) -> Logits:
-    check_logits(logits, len(x))
-    return logits
+    return check_answer(logits, len(x), "the draws of a verdict")

@@ -16,7 +16,7 @@ from probdefense.ops import entropy
 from probdefense.prediction.sequential import settle
 from probdefense.rng import forked
 from probdefense.types import Inputs, Logits, LogitsFn
-from probdefense.validation import check_count, check_inputs, check_logits, check_share
+from probdefense.validation import check_answer, check_count, check_inputs, check_share
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,6 +137,4 @@ def predict(
 def draw_logits(logits_fn: LogitsFn, x: Inputs, num_samples: int) -> Logits:
     """Logits of draws common to the batch where the function can freeze, of fresh ones elsewhere."""
     source = logits_fn.freeze(num_samples) if logits_fn.stochastic and can_freeze(logits_fn) else logits_fn
-    logits = source(x, num_samples)
-    check_logits(logits, len(x))
-    return logits
+    return check_answer(source(x, num_samples), len(x), "the draws of a prediction")

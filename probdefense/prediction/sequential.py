@@ -15,7 +15,7 @@ from torch import Tensor
 
 from probdefense.ops import entropy
 from probdefense.types import Inputs, LogitsFn
-from probdefense.validation import check_logits
+from probdefense.validation import check_answer
 
 CAUTION = 0.1
 """Added to the sum of squares in the stake, which approximates the share that grows capital fastest."""
@@ -38,9 +38,7 @@ def settle(logits_fn: LogitsFn, x: Inputs, alpha: float, num_samples: int) -> "R
 
 def _one(logits_fn: LogitsFn, x: Inputs) -> Tensor:
     """One draw, ``(batch, classes)``."""
-    logits = logits_fn(x, 1)
-    check_logits(logits, len(x))
-    return logits[0]
+    return check_answer(logits_fn(x, 1), len(x), "the draws of a prediction")[0]
 
 
 class Race:

@@ -19,11 +19,12 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from probdefense.core.sites import NoiseSite, Site, unique_names
+from probdefense.core.sites import NoiseSite, Site, removed, unique_names
 from probdefense.nn.passes import execution_order, explained, held_still
 from probdefense.nn.placeholder import placeholders
 from probdefense.rng import GLOBAL
 from probdefense.types import Draws, Inputs, Labels
+from probdefense.validation import check_output
 
 
 class Turn:
@@ -80,7 +81,14 @@ class Model(nn.Module):
     def _find_uses(self, x: Inputs) -> list[Use]:
         by_path = {site.path: site for site in self.sites.values() if isinstance(site, NoiseSite)}
         uses = []
-        for path, use, shape in execution_order(self.net, x):
+        met = execution_order(self.net, x, removed(self.sites.values()))
+        if idle := by_path.keys() - {path for path, _, _ in met}:
+            raise ValueError(
+                f"the noise of site {', '.join(sorted(by_path[path].name for path in idle))} never acts: its "
+                f"layer does not run on inputs {tuple(x.shape)} in evaluation mode; leave it out of the defense "
+                "(where=), or build it with example=x"
+            )
+        for path, use, shape in met:
             site = by_path[path]
             name = site.name if use == 0 else f"{site.name}.{use}"
             buffer = placeholders(self.net)[path].buffer_name(use)
@@ -100,13 +108,15 @@ class Model(nn.Module):
     ) -> Tensor:
         """The network as a pure function of (values, x): ``(batch, classes)``.
 
-        With `still`, BatchNorm and Dropout behave as in ``eval()``; `state` replaces parameters.
+        With `still`, all but the sites behaves as in ``eval()``; `state` replaces parameters.
         """
         tensors = self.fill(x, values, state)
         with self.turn, held_still(self.net) if still else nullcontext(), explained(x):
             for hole in placeholders(self.net).values():
                 hole.uses = 0
-            return functional_call(self.net, tensors, (x,)) if tensors else self.net(x)
+            logits = functional_call(self.net, tensors, (x,)) if tensors else self.net(x)
+        check_output(logits, len(x))
+        return logits
 
     def forward(self, x: Inputs, y: Labels | None = None) -> Tensor:
         """Samples every site from its prior and observes `y`; returns logits ``(batch, classes)``."""

@@ -108,7 +108,8 @@ class Replayed:
             )
         found = evidence(model, guide, len(x))
         self.num_data = found.num_data
-        return Step(self._answer(model.nodes["_RETURN"]["value"], x), found.log_lik, found.kl, values, found.score)
+        logits = self._answer(model.nodes["_RETURN"]["value"], x)
+        return Step(logits, found.log_lik, found.kl, values, found.score)
 
     def draw(self, x: Inputs) -> Draws:
         """One joint draw of all latent sites for a batch: the guide's, and those of the model alone."""

@@ -39,11 +39,13 @@ def to_arviz(
 
     Of a defense: **posterior** holds ``noise_scale`` by layer (constants too), ``weight_scale``
     $\sigma$, ``signal_to_noise`` $|\mu| / \sigma$ and ``prior_scale`` by parameter, and the draws of
-    the last layer; **posterior_predictive** the probabilities and a sampled label of every draw;
-    **log_likelihood** $\log p(y_i \mid x_i, \theta_s, \varepsilon_s)$ in nats; **predictions** the
-    probabilities on adversarial inputs by radius; **observed_data** and **constant_data** the labels
-    and inputs. Several defenses of one kind, fitted independently, become several chains, and then
-    R-hat says whether fits agree; with one fit no R-hat is claimed.
+    the last layer and of hyper-parameters (what other priors depend on); **posterior_predictive** the
+    probabilities and a sampled label of every draw; **log_likelihood**
+    $\log p(y_i \mid x_i, \theta_s, \varepsilon_s)$ in nats; **predictions** the probabilities on
+    adversarial inputs by radius; **observed_data** and **constant_data** the labels and inputs. A latent
+    of yours with one of our names keeps it, and ours becomes ``weight_scale_1``. Several defenses of one
+    kind, fitted independently, become several chains, and then R-hat says whether fits agree; with one
+    fit no R-hat is claimed.
 
     Of a report: **posterior** holds draws of every accuracy from one weighted Bayesian bootstrap over
     examples and draws, so differences of rows are paired. Of a prediction: **posterior_predictive**
@@ -54,7 +56,7 @@ def to_arviz(
         data: ``(x, y)``: inputs ``(batch, *event)`` and labels; for a prediction the data it is of.
         num_samples: Draws per chain.
         adversarial: Attacked inputs by radius in pixels, each like `x`.
-        weights: Whether every random weight is kept instead of the last layer's.
+        weights: Whether every random weight is kept besides.
         seed: Of the draws.
 
     Returns:
@@ -127,7 +129,6 @@ def _of_fits(
     at_y = y.cpu().expand(log_probs.shape[:-1]).unsqueeze(-1)
     about = posterior(fits)
     groups: Groups = {
-        "posterior": about.values,
         "posterior_predictive": {"probs": log_probs.exp().float().numpy(), "y": labels.numpy()},
         "log_likelihood": {"y": log_probs.gather(-1, at_y).squeeze(-1).numpy()},
         "observed_data": {"y": y.cpu().numpy()},
@@ -138,13 +139,24 @@ def _of_fits(
         groups["predictions"] = {"probs": attacked.exp().float().numpy()}
     sizes = {"example": np.arange(len(y)), "class": np.arange(log_probs.shape[-1])}
     tree = from_groups(
-        {name: group for name, group in groups.items() if group},
-        coords=about.coords | sizes | {"eps": [float(radius) for radius in adversarial]},
-        dims=about.dims | {"y": ["example"], "x": ["example"], "probs": ["example", "class"]},
+        groups,
+        coords=sizes | {"eps": [float(radius) for radius in adversarial]},
+        dims={"y": ["example"], "x": ["example"], "probs": ["example", "class"]},
         pred_dims={"probs": ["eps", "example", "class"]},
     )
-    tree["log_likelihood"].attrs["weights_are_random"] = int(any(fit.draws for fit in fits))
+    if about.values:  # apart, since a latent may have the name of anything in the other groups
+        tree = _joined(from_groups({"posterior": about.values}, coords=about.coords, dims=about.dims), tree)
+    tree["log_likelihood"].attrs["weights_are_random"] = int(any(fit.fitted for fit in fits))
     tree["posterior_predictive"].attrs["chains"] = _what_chains_are(len(fits))
+    return tree
+
+
+def _joined(tree: Any, other: Any) -> Any:
+    """One container with the groups of both."""
+    if hasattr(tree, "extend"):
+        tree.extend(other)
+    else:
+        tree.update(dict(other.children))
     return tree
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from probdefense.core.defense import Defense
-from probdefense.core.sites import NoiseSite, WeightSite, layer_name
+from probdefense.core.replayed import FrozenReplay
+from probdefense.core.sites import NoiseSite, WeightSite, layer_name, unused
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, LogitsFn
 
@@ -38,7 +39,8 @@ class Fit(NamedTuple):
 
     ``by_layer`` numbers that belong to the fit and not to a draw, by quantity and layer; ``elements``
     the same per element; ``draws`` random tensors ``(draws, ...)``; ``log_probs`` ``(draws, batch,
-    classes)``; ``attacked`` the same for every radius.
+    classes)``; ``attacked`` the same for every radius; ``fitted`` whether anything that is drawn once
+    for all examples was fitted to data (noise was not).
     """
 
     by_layer: dict[str, dict[str, float]]
@@ -46,6 +48,7 @@ class Fit(NamedTuple):
     draws: dict[str, Tensor]
     log_probs: Tensor
     attacked: list[Tensor]
+    fitted: bool
 
 
 def noise_scales(defense: Defense) -> dict[str, Tensor]:
@@ -92,19 +95,22 @@ def read_fit(
         log_probs = _log_probs(frozen, x)
         attacked = [_log_probs(frozen, points) for points in adversarial.values()]
         by_layer = _by_layer(defense, draws)
+        own = frozen.engine if isinstance(frozen, FrozenReplay) else None
+        hyper = own.hyper_parameters(x) & draws.keys() if own else set()
+        fitted = any(own.global_sites(x).values()) if own else _fitted(defense)
     elements = {
         f"noise_scale.{name}": value.squeeze().cpu()
         for name, value in noise_scales(defense).items()
         if 1 < value.numel() <= SMALL
     }
-    kept = draws if weights else _last_layer(draws)
+    kept = draws if weights else _by_default(draws, hyper)
     size = sum(value.numel() for value in kept.values())
     if size > MAX_VALUES:
         raise ValueError(
             f"the weights of {num_samples} draws are {size:,} numbers, more than {MAX_VALUES:,}; "
             "lower num_samples or leave weights=False"
         )
-    return Fit(by_layer, elements, kept, log_probs, attacked)
+    return Fit(by_layer, elements, kept, log_probs, attacked, fitted)
 
 
 def posterior(fits: Sequence[Fit]) -> Named:
@@ -117,17 +123,20 @@ def posterior(fits: Sequence[Fit]) -> Named:
     kinds = {(tuple(fit.by_layer), tuple(fit.elements), tuple(fit.draws)) for fit in fits}
     if len(kinds) > 1:
         raise ValueError("expected fits of one kind of defense as chains, got different random variables")
+    taken = {"chain", "draw", *first.draws}  # what the user named keeps its name, and ours give way
     axes = {"noise_scale": "noise_layer", "prior_scale": "prior_parameter"}
-    for name, layers in first.by_layer.items():
-        axis = axes.get(name, "parameter")
+    for quantity, layers in first.by_layer.items():
+        name, axis = unused(quantity, taken), unused(axes.get(quantity, "parameter"), taken)
         named.dims[name], named.coords[axis] = [axis], list(layers)
-        values = [np.array(list(fit.by_layer[name].values()), dtype=np.float32) for fit in fits]
+        values = [np.array(list(fit.by_layer[quantity].values()), dtype=np.float32) for fit in fits]
         named.values[name] = _repeated(values, len(first.log_probs))
-    for name in first.elements:
-        values = [fit.elements[name].numpy() for fit in fits]
-        named.values[name] = _repeated(values, len(first.log_probs))
-    for name in first.draws:
-        named.values[name] = np.stack([fit.draws[name].numpy() for fit in fits])
+    for element in first.elements:
+        values = [fit.elements[element].numpy() for fit in fits]
+        named.values[unused(element, taken)] = _repeated(values, len(first.log_probs))
+    for site, value in first.draws.items():
+        name = unused(site, taken) if site in ("chain", "draw") else site
+        named.dims[name] = [unused(f"{name}_dim_{axis}", taken) for axis in range(value.dim() - 1)]
+        named.values[name] = np.stack([fit.draws[site].numpy() for fit in fits])
     return named
 
 
@@ -160,8 +169,8 @@ def _global_draws(defense: Defense, frozen: Any, x: Inputs) -> dict[str, Tensor]
 
 def _by_layer(defense: Defense, draws: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Noise scales, and for weights the scale, the signal-to-noise ratio and the prior's scale."""
-    loc = {name: value.mean(0) for name, value in draws.items()}
-    scale = {name: value.std(0, correction=0) for name, value in draws.items()}
+    loc = {name: value.double().mean(0) for name, value in draws.items()}
+    scale = {name: value.double().std(0, correction=0) for name, value in draws.items()}
     prior: dict[str, Tensor] = {}
     for site in defense.sites.values():
         if isinstance(site, WeightSite) and not site.perturbs:  # exact instead of estimated from draws
@@ -181,6 +190,17 @@ def _by_layer(defense: Defense, draws: dict[str, Tensor]) -> dict[str, dict[str,
 
 def _rms(values: Tensor) -> float:
     return math.sqrt(float(values.double().square().mean()))
+
+
+def _fitted(defense: Defense) -> bool:
+    return any(not site.local and site.posterior is not None for site in defense.sites.values())
+
+
+def _by_default(draws: dict[str, Tensor], hyper: set[str]) -> dict[str, Tensor]:
+    """Hyper-parameters, what priors of others depend on, and the last layer."""
+    small = {name for name in hyper if draws[name][0].numel() <= LAST_LAYER}
+    last = _last_layer({name: value for name, value in draws.items() if name not in hyper})
+    return {name: value for name, value in draws.items() if name in small or name in last}
 
 
 def _last_layer(draws: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,9 +39,9 @@ def loo(tree: Any) -> Loo:
 
     Examples whose log-likelihood does not vary are not given to ArviZ (1.x fails on them): they are
     counted, and their density is the harmonic mean that smoothing would leave as it is. Where noise
-    alone is random nothing was fitted by the draws, so leaving an example out changes nothing and the
-    answer is $\log \frac1S \sum_s p(y_i \mid x_i, \varepsilon_s)$, without a $\hat k$. On test data
-    that holds for every defense.
+    alone is random (on weights too) nothing was fitted by the draws, so leaving an example out changes
+    nothing and the answer is $\log \frac1S \sum_s p(y_i \mid x_i, \varepsilon_s)$, without a $\hat k$.
+    On test data that holds for every defense.
 
     Args:
         tree: From ``to_arviz(defense, (x, y))``.

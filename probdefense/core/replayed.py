@@ -152,12 +152,13 @@ class Replayed:
         sites = random_sites(model).items()
         return {name: name in fitted for name, site in sites if _batch_axis(site, dim, len(x)) is None}
 
+    @torch.enable_grad()
     def hyper_parameters(self, x: Inputs) -> set[str]:
         """The latent sites that the prior of another one depends on."""
         drawn = _values(self.traces(x)[1])
         leaves = {name: value.detach().clone() for name, value in drawn.items()}
         leaves = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in leaves.items()}
-        with torch.enable_grad(), own_params(), held_still(self.model), Given(leaves):
+        with own_params(), held_still(self.model), Given(leaves):
             model = poutine.trace(self.model).get_trace(x, _any_labels(x))
         found: set[str] = set()
         for name, site in random_sites(model).items():

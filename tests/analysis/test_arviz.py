@@ -339,6 +339,26 @@ def test_loo_of_noise_alone_is_the_log_of_the_mean():
     assert found.elpd == pytest.approx(log_mean.sum())
 
 
+def test_loo_does_not_depend_on_which_weights_were_kept(monkeypatch):
+    monkeypatch.setattr(fits, "LAST_LAYER", 10)
+    defense, data = linear_defense(0.3), flat_batch(20)
+    tree = to_arviz(defense, data, num_samples=200)
+    assert "weight" not in tree["posterior"].data_vars
+    log_lik = values(tree, "log_likelihood", "y")[0]
+    by_hand = math.log(200) - np.logaddexp.reduce(-log_lik, axis=0)
+    found = analysis.loo(tree)
+    assert found.elpd == pytest.approx(by_hand.sum(), rel=0.02) and np.isfinite(found.k_hat).all()
+    assert found.elpd == analysis.loo(to_arviz(defense, data, num_samples=200, weights=True)).elpd
+    assert found.elpd < np.logaddexp.reduce(log_lik, axis=0).sum() - 20 * math.log(200) - 0.5
+
+
+def test_loo_knows_noise_on_weights_from_weights_that_were_fitted():
+    noise = to_arviz(pd.defenses.pni(nn.Linear(4, 3)), flat_batch(), num_samples=20)
+    assert np.isnan(analysis.loo(noise).k_hat).all()
+    both = pd.defenses.pni(pd.defenses.bayesian(nn.Linear(4, 3), num_data=50))
+    assert np.isfinite(analysis.loo(to_arviz(both, flat_batch(), num_samples=200)).k_hat).all()
+
+
 def test_loo_of_a_network_without_randomness():
     tree = to_arviz(pd.deterministic(nn.Linear(4, 3)), flat_batch())
     assert analysis.loo(tree).elpd == pytest.approx(values(tree, "log_likelihood", "y").sum())

@@ -23,7 +23,6 @@ from probdefense.objectives import (
     multi_sample,
     trades,
 )
-from tests.worlds import monte_carlo_tolerance
 
 N, B = 40, 8
 

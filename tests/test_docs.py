@@ -19,6 +19,8 @@ MODULES = ("losses", "rules", "models", "data", "detection", "calibration")
 INTERNAL = {
     "leads",
     "score_margin",
+    "spread",
+    "scale_free",
     "draws_per_verdict",
     "verdicts",
     "margins",

@@ -5,7 +5,9 @@ Networks](https://arxiv.org/abs/1608.04644). Adam descends
 
 $$ \|x' - x\|_2^2 + c \max(\kappa - m(x'), 0), \qquad x' = \tfrac12 (\tanh w + 1), $$
 
-with $m$ the margin of the wrong classes, so that every $w$ is an allowed image.
+with $m$ the margin of the wrong classes, so that every $w$ is an allowed image. The constant trades pixels
+against logits, so `cw` counts $m$ in units of the spread of the logits at `x` and finds the same points
+whatever the logits are multiplied by; `cw_fixed` keeps the units of its paper.
 """
 
 import warnings
@@ -56,8 +58,9 @@ def cw(
         num_steps: Gradient steps per constant, at most.
         num_searches: Constants tried.
         step_size: Adam's, in units of $w$; shorten it where the nearest point is closer than 0.1.
-        init_c: First constant, in squared pixels per nat; tenfold until a wrong point is found.
-        confidence: $\kappa$, the margin of the wrong class in nats.
+        init_c: First constant, in squared pixels per twentieth of the spread of the logits at `x`, which
+            is about a nat; tenfold until a wrong point is found.
+        confidence: $\kappa$, the margin of the wrong class in nats of the network.
         loss: $m$, positive where the decision is wrong.
         rule: The decision that must be wrong.
         target: Classes wanted instead of any wrong one.

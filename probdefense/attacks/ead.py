@@ -52,8 +52,9 @@ def ead(
         num_steps: Gradient steps per constant, at most.
         num_searches: Constants tried.
         step_size: Of the first step, in pixels; it falls with the square root of what is left.
-        init_c: First constant; tenfold until a wrong point is found.
-        confidence: $\kappa$, the margin of the wrong class in nats.
+        init_c: First constant, per twentieth of the spread of the logits at `x`, which is about a nat;
+            tenfold until a wrong point is found.
+        confidence: $\kappa$, the margin of the wrong class in nats of the network.
         loss: $m$, positive where the decision is wrong.
         rule: The decision that must be wrong.
         target: Classes wanted instead of any wrong one.

@@ -55,7 +55,8 @@ def zoo(
         logits_fn: What is attacked.
         x: ``(batch, *event)`` in [0, 1].
         y: True classes, ``(batch,)``.
-        c: $c$ fixed, one run; searched per example by default.
+        c: $c$ fixed, one run, in squared pixels per twentieth of the spread of the logits at `x`, which is
+            about a nat; searched per example by default.
         init_c: Where the search starts; it grows tenfold until a run succeeds, then bisects.
         num_searches: Runs of the search.
         num_coordinates: Pixels moved per step, two queries each.

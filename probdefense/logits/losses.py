@@ -196,7 +196,7 @@ def vote_margin(logits: Logits, y: Labels) -> Tensor:
     r"""Smooth surrogate of the vote, $\frac1S \sum_s \tanh(\frac12 (\max_{j \ne y} z_{s,j} - z_{s,y}))$.
 
     Every draw counts at most one vote, so the climb goes where votes can still change. It matches
-    the rules `vote` and `single_draw`.
+    the rules `vote` and `single_draw`. It counts in nats: where margins are hundreds of them, it is flat.
 
     Args:
         logits: ``(samples, batch, classes)``.

@@ -178,9 +178,9 @@ def smoothing_scale(defense: Any) -> float:
     if noise is None:
         raise ValueError(
             "no certificate: the defense has no additive noise on its raw pixels, normal and around zero, "
-            "that everything else sees them through. Noise of another family or behind a layer does not count "
-            "(behind a normalization its scale is not in pixels), nor does noise in training only, and a "
-            "defense that adapts to its inputs has none; put it first, as in "
+            "that everything else sees them through. Noise of another family or behind a layer does not "
+            "count (behind a normalization its scale is not in pixels), nor does noise in training only, and "
+            "a defense that adapts to its inputs has none; put it first, as in "
             "probdefense.defenses.rse(net, sigma_init=0.25)"
         )
     family, scale = noise

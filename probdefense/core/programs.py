@@ -85,8 +85,8 @@ class Model(nn.Module):
         if idle := by_path.keys() - {path for path, _, _ in met}:
             raise ValueError(
                 f"the noise of site {', '.join(sorted(by_path[path].name for path in idle))} never acts: its "
-                f"layer does not run on inputs {tuple(x.shape)} in evaluation mode; leave it out of the defense "
-                "(where=), or build it with example=x"
+                f"layer does not run on inputs {tuple(x.shape)} in evaluation mode; leave it out of the "
+                "defense (where=), or build it with example=x"
             )
         for path, use, shape in met:
             site = by_path[path]

@@ -16,6 +16,7 @@ from probdefense.core.families import divergence
 from probdefense.core.programs import Guide, Model, block
 from probdefense.core.sites import MemberSite
 from probdefense.nn.passes import held_still
+from probdefense.nn.placeholder import placeholders
 from probdefense.ops import log_mean_exp
 from probdefense.rng import derive, forked, hash_keys, reseed
 from probdefense.types import Draws, Inputs, Labels, Step
@@ -29,6 +30,10 @@ VMAP_ROWS = 4
 
 KEYED_ELEMENTS = 2**25
 """How many noise elements a keyed draw may hold at once."""
+
+
+UNBATCHED = (nn.RNNBase, nn.MultiheadAttention)
+"""Layers without a rule for vmap: their weights are taken one draw at a time."""
 
 
 class Vectorized:
@@ -62,7 +67,7 @@ class Vectorized:
 
     def freeze(self, num_samples: int, seed: int, ids: Tensor | None = None) -> "Frozen":
         """`num_samples` functions: weights drawn now, noise whenever a new event shape comes."""
-        device = _device(self.model)
+        device = _device(self.model, self.guide)
         with torch.no_grad(), forked(derive(seed, "weights"), device):
             weights = self._draw_global(num_samples)
         net = self.model.net
@@ -96,7 +101,8 @@ class Vectorized:
     def mean(self, x: Inputs) -> Tensor:
         """Logits at the posterior means with every local site neutral, ``(1, batch, classes)``."""
         values = {site.name: site.center() for site in self.model.global_sites}
-        neutral = {use.name: self.model.net.get_buffer(use.buffer) for use in self.model.uses(x)}
+        holes = placeholders(self.model.net)
+        neutral = {use.name: holes[use.buffer.rpartition(".")[0]].value for use in self.model.uses(x)}
         return self.model.logits(x, values | neutral).unsqueeze(0)
 
     @property
@@ -130,9 +136,8 @@ class Vectorized:
         folded = max(1, rows // batch)
         if not self.model.global_sites:
             return 1 if backend == "loop" else folded
-        if backend == "vmap" or (backend == "auto" and batch <= VMAP_ROWS):
-            return folded
-        return 1
+        wanted = backend == "vmap" or (backend == "auto" and batch <= VMAP_ROWS)
+        return folded if wanted and not _has(self.model.net, UNBATCHED) else 1
 
     def _draw_global(self, count: int) -> dict[str, Tensor]:
         return {site.name: site.draw((count, site.size)) for site in self.model.global_sites}
@@ -224,11 +229,15 @@ class Frozen:
         return {name: torch.cat([c[name] for c in columns], dim=1) for name in columns[0]}
 
 
+def _has(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    return any(isinstance(module, kinds) for module in net.modules())
+
+
 def _chunks(total: int, size: int) -> Iterator[int]:
     for start in range(0, total, size):
         yield min(size, total - start)
 
 
-def _device(module: nn.Module) -> torch.device:
-    tensors = itertools.chain(module.parameters(), module.buffers())
+def _device(*modules: nn.Module) -> torch.device:
+    tensors = (t for module in modules for t in itertools.chain(module.parameters(), module.buffers()))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -51,7 +51,8 @@ def bayesian(
         family: The posterior of an element: ``Normal``, ``Laplace``, `MultiplicativeLogNormal` (the
             sign stays, noise is in proportion), or a function ``(name, tensor) -> one of them``.
         floor: The smallest scale, below `init_scale`.
-        where: ``(name, tensor) -> bool``, which parameters; all but normalization layers' by default.
+        where: ``(name, tensor) -> bool``, which parameters; by default all but those of normalization
+            layers and frozen ones (``requires_grad=False``).
         layout: ``"flat"``, one site per pair of families, or ``"per_tensor"``, one site per parameter.
 
     Returns:

@@ -15,7 +15,7 @@ from torch import nn
 from probdefense.core.defense import Defense, deterministic
 from probdefense.core.families import Fixed
 from probdefense.core.sites import MemberSite
-from probdefense.defenses.host import device_and_dtype
+from probdefense.defenses.host import device_and_dtype, refuse_replicas
 from probdefense.nn.members import Members
 
 
@@ -56,6 +56,7 @@ def ensemble(nets: Iterable[nn.Module], *, num_data: int | None = None) -> Defen
                 f"expected plain networks, got {type(net).__name__}; make the ensemble first and add "
                 "randomness to it, as in rse(ensemble(nets))"
             )
+        refuse_replicas(net)
     members = [copy.deepcopy(net) for net in members]
     if len(members) == 1:
         return deterministic(members[0], num_data=num_data)

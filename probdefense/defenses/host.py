@@ -1,16 +1,26 @@
-"""What every builder starts from: a copy of the network and of the sites it already has."""
+"""What every builder starts from: a copy of the network and of its sites, and which of its layers run."""
 
 import copy
 import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from probdefense.core.defense import Defense
-from probdefense.core.sites import Site
+from probdefense.core.sites import Site, removed
+from probdefense.nn.passes import held_still, input_shapes, inputs_seen, run_on_meta, run_on_zeros
+from probdefense.nn.relus import FUNCTIONAL, Where, relu_paths
+from probdefense.types import Inputs
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Shapes = dict[str, torch.Size | None]
+
+SIZES = (32, 28, 224, 64, 96, 128, 256, 299, *range(1, 64))
+"""Image sizes that a network is tried on where no example says which it takes."""
 
 
 class Host(NamedTuple):
@@ -21,15 +31,23 @@ class Host(NamedTuple):
     num_data: int | None
 
 
+class Running(NamedTuple):
+    """Which layers run, with the event shape that each receives, in order, and an input that fits."""
+
+    shapes: dict[str, torch.Size]
+    x: Inputs | None
+
+
 def host(net_or_defense: nn.Module, num_data: int | None) -> Host:
     """Copies a plain network, or a defense made of sites, so that the original stays as it is.
 
     Raises:
-        TypeError: not a module, or a defense of a user's own model and guide.
+        TypeError: not a module, a defense of a user's own model and guide, or a network in replicas.
         ValueError: two different data-set sizes.
     """
     if not isinstance(net_or_defense, nn.Module):
         raise TypeError(f"expected an nn.Module or a Defense, got {type(net_or_defense).__name__}")
+    refuse_replicas(net_or_defense)
     if not isinstance(net_or_defense, Defense):
         return Host(copy.deepcopy(net_or_defense), [], num_data)
     if not hasattr(net_or_defense.model, "sites"):
@@ -44,9 +62,137 @@ def host(net_or_defense: nn.Module, num_data: int | None) -> Host:
     return Host(twin.net, list(twin.sites.values()), num_data if num_data is not None else known)
 
 
-def device_and_dtype(net: nn.Module) -> Tensor:
+def refuse_replicas(net: nn.Module) -> None:
+    """Refuses a network that copies itself to devices: draws are filled into one copy.
+
+    Raises:
+        TypeError: naming where.
+    """
+    for path, module in net.named_modules():
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            where = f"at {path!r} " if path else ""
+            raise TypeError(
+                f"expected a plain network, got {type(module).__name__} {where}around one; build from its "
+                ".module, and train the defense on several devices with "
+                "DistributedDataParallel(objectives.LossModule(defense, objective))"
+            )
+
+
+def running(
+    net: nn.Module, sites: list[Site], paths: Collection[str], example: Inputs | None, *, asked: bool
+) -> Running:
+    """The layers of `paths` whose forward runs in evaluation mode.
+
+    Args:
+        net: The network.
+        sites: Its sites, for the parameters that it lacks.
+        paths: Where a builder wants to put something.
+        example: A batch of inputs; without one, inputs are guessed from the first layers.
+        asked: Whether the caller chose these layers by name, so that none may be missing.
+
+    Raises:
+        ValueError: a layer that was asked for never runs, or no guess fits.
+    """
+    given = removed(sites)
+    met, x = _guessed(net, paths, given) if example is None else _shown(net, paths, example, given)
+    idle = [path for path in paths if path not in met]
+    if idle and asked:
+        raise ValueError(
+            f"{', '.join(path or type(net).__name__ for path in idle)} never runs in evaluation mode (a "
+            "module around it reads its weights, or passes it by), so nothing put there would act; "
+            "choose layers that run"
+        )
+    for path, shape in met.items():
+        if shape is None:
+            raise ValueError(f"the first input of {path!r} is not a tensor; choose another layer with where=")
+    return Running(met, x)  # type: ignore[arg-type]
+
+
+def running_relus(
+    net: nn.Module,
+    sites: list[Site],
+    example: Inputs | None,
+    where: Where | None = None,
+    paths: Collection[str] | None = None,
+) -> list[str]:
+    """The ReLUs of a network that run, as paths; chosen by `where` or `paths` they all must.
+
+    Raises:
+        ValueError: no ReLU, or one that was chosen never runs, or no guess fits.
+    """
+    found = relu_paths(net, where, paths)
+    asked = where is not None or paths is not None
+    runs = running(net, sites, found, example, asked=asked).shapes
+    return [path for path in found if path in runs] or found[-1:]  # refused when it runs, if function calls
+
+
+def _shown(
+    net: nn.Module, paths: Collection[str], example: Inputs, given: dict[str, Tensor]
+) -> tuple[Shapes, Inputs]:
+    if not isinstance(example, Tensor) or example.dim() < 1 or len(example) == 0:
+        raise ValueError(
+            f"expected example as a batch of inputs (batch, *event), got {type(example).__name__}"
+        )
+    try:
+        return input_shapes(net, list(paths), example, given), example[:1]
+    except Exception as error:  # whatever the network says to an input that it cannot take
+        raise ValueError(
+            f"the network cannot run on example= of shape {tuple(example.shape)}; pass a batch of inputs as "
+            f"it takes them ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _guessed(
+    net: nn.Module, paths: Collection[str], given: dict[str, Tensor]
+) -> tuple[Shapes, Inputs | None]:
+    """As seen by the first guess that the network takes, else one that has all layers run before it fails."""
+    guesses, enough = list(_guesses(net, paths)), None
+    tries = [*((run_on_meta, x) for x in guesses), *((run_on_zeros, x) for x in guesses[:6])]
+    for run, x in tries:
+        with inputs_seen(net, paths) as met, torch.no_grad(), held_still(net):
+            try:
+                run(net, x, given)
+            except Exception:  # a wrong guess, or a network that does not run on the meta device
+                enough = met if len(met) == len(paths) and enough is None else enough
+            else:
+                return met, x
+    if enough is not None:
+        return enough, None
+    raise ValueError(
+        f"cannot tell from a guessed input which layers of {type(net).__name__} run; pass example=x, a batch "
+        "of its inputs"
+    )
+
+
+def _guesses(net: nn.Module, paths: Collection[str]) -> Iterator[Inputs]:
+    """Inputs made for the layer registered first, the one chosen first, or the one that takes least."""
+    like = device_and_dtype(net)
+    layers = [module for module in net.modules() if _events(module)]
+    chosen = [net.get_submodule(path) for path in paths if path != FUNCTIONAL]
+    least = sorted(layers, key=lambda layer: _events(layer)[0][0])
+    columns = [_events(layer) for layer in dict.fromkeys((*layers[:1], *least[:1], *chosen[:1]))]
+    for event in dict.fromkeys(filter(None, itertools.chain(*itertools.zip_longest(*columns)))):
+        yield like.new_zeros((1, *event))
+    if not layers:
+        yield like.new_zeros((1, 1))
+
+
+def _events(layer: nn.Module) -> list[tuple[int, ...]]:
+    """Event shapes that a network may take whose first layer this is."""
+    if isinstance(layer, CONVOLUTIONS):
+        return [(layer.in_channels, *[size] * len(layer.kernel_size)) for size in SIZES]
+    if isinstance(layer, nn.RNNBase):
+        return [(7, layer.input_size)]
+    if isinstance(layer, nn.Linear):
+        width = layer.in_features
+        sides = [(c, math.isqrt(width // c), math.isqrt(width // c)) for c in (1, 3)]
+        return [(width,), (7, width), *(event for event in sides if math.prod(event) == width)]
+    return []
+
+
+def device_and_dtype(net: nn.Module, sites: Iterable[Site] = ()) -> Tensor:
     """A tensor where, and of the kind, that the network computes with, for ``layer.to(...)``."""
-    tensors = itertools.chain(net.parameters(), net.buffers())
+    tensors = itertools.chain(net.parameters(), net.buffers(), removed(sites).values())
     return next((t.detach() for t in tensors if t.is_floating_point()), torch.zeros(()))
 
 

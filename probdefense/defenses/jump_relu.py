@@ -8,16 +8,17 @@ gradient, so judge it by what ignores that: BPDA with `surrogates`, transfer fro
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probdefense.core.defense import Defense
-from probdefense.defenses.host import device_and_dtype, host
+from probdefense.defenses.host import device_and_dtype, host, running_relus
 from probdefense.logits.rules import mean_prob
 from probdefense.nn.jump_relu import JumpReLU, MarginalJumpReLU, smoothed_jump
-from probdefense.nn.relus import FUNCTIONAL, after_relus
+from probdefense.nn.relus import FUNCTIONAL, Where, after_relus, relu_paths
 from probdefense.types import Inputs, Labels, LogitsFn
 from probdefense.validation import check_inputs, check_positive
 
@@ -26,8 +27,6 @@ Threshold = float | Distribution
 
 Kappa = Threshold | Mapping[str, Threshold]
 """One threshold for every ReLU, or one by path; a ReLU without a path in it stays as it is."""
-
-Where = Callable[[str, nn.Module], bool]
 
 LEVELS = 20
 """How many thresholds `tune_kappa` tries by default: equal steps of the share that is cut."""
@@ -40,6 +39,7 @@ def jump_relu(
     where: Where | None = None,
     learned: bool = False,
     num_data: int | None = None,
+    example: Inputs | None = None,
 ) -> Defense:
     r"""Puts a threshold behind every ReLU, $J_\kappa(z) = z\, 1[z > \kappa]$, keeping the trained weights.
 
@@ -55,12 +55,14 @@ def jump_relu(
         learned: Whether the distribution of the threshold is trained, through the mean activation
             $\mathbb{E}\, J_\kappa(z) = z F(z)$; nothing is random then. Needs `kappa` with loc and scale.
         num_data: Size of the training set; not needed, as the thresholds have no KL.
+        example: A batch of inputs, to see which ReLUs run; needed where that cannot be guessed.
 
     Returns:
         A `Defense`; random thresholds are sites named after the layers.
 
     Raises:
-        ValueError: a network without ReLU, a negative threshold, or a path that is no ReLU.
+        ValueError: a network without ReLU, a negative threshold, or a chosen path that is no ReLU or
+            never runs.
 
     References:
         Erichson et al., 2020, [JumpReLU](https://arxiv.org/abs/1904.03750)
@@ -71,9 +73,10 @@ def jump_relu(
         tensor([[[0.0000, 0.0000, 0.8000]]])
     """
     net, sites, num_data = host(net, num_data)
-    like = device_and_dtype(net)
+    like = device_and_dtype(net, sites)
     if isinstance(kappa, Mapping):
         _check_paths(net, kappa)
+    paths = running_relus(net, sites, example, where, kappa if isinstance(kappa, Mapping) else None)
 
     def layer(path: str) -> nn.Module:
         threshold = kappa[path] if isinstance(kappa, Mapping) else kappa
@@ -86,7 +89,7 @@ def jump_relu(
             )
         return MarginalJumpReLU(threshold).to(like)
 
-    after_relus(net, "jump", layer, where, kappa if isinstance(kappa, Mapping) else None)
+    after_relus(net, "jump", layer, paths)
     return Defense.from_sites(net, sites, num_data)
 
 
@@ -152,9 +155,10 @@ def tune_kappa(
         pooled = torch.cat(list(_activations(net, batches[0][0][:64]).values()))
         candidates = [_quantile(pooled, level / LEVELS) for level in range(LEVELS)]
     kept: Kappa = 0.0
-    least = _accuracy(jump_relu(net, kappa=0.0, where=where), batches, num_samples) - max_drop - 1e-9
+    retrofit = partial(jump_relu, net, where=where, example=batches[0][0][:1])
+    least = _accuracy(retrofit(kappa=0.0), batches, num_samples) - max_drop - 1e-9
     for kappa in candidates:
-        if _accuracy(jump_relu(net, kappa=kappa, where=where), batches, num_samples) >= least:
+        if _accuracy(retrofit(kappa=kappa), batches, num_samples) >= least:
             kept = kappa
     return kept
 
@@ -202,7 +206,7 @@ def _activations(net: nn.Module, x: Inputs) -> dict[str, Tensor]:
     """The positive activations behind every ReLU of the static base, by path."""
     net, sites, _ = host(net, None)
     seen: dict[str, _Seen] = {}
-    after_relus(net, "seen", lambda path: seen.setdefault(path, _Seen()))
+    after_relus(net, "seen", lambda path: seen.setdefault(path, _Seen()), relu_paths(net))
     with torch.no_grad():
         Defense.from_sites(net, sites).mean()(x)
     return {path: torch.cat(layer.values) for path, layer in seen.items() if layer.values}

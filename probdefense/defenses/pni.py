@@ -16,9 +16,10 @@ from torch import nn
 from probdefense.core.defense import Defense
 from probdefense.core.families import Fixed
 from probdefense.core.sites import Site, WeightNoiseSite, WeightSite, tied_names, unused
-from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel
+from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel, running
 from probdefense.nn.relative_noise import RelativeNoise, WeightNoise
 from probdefense.nn.surgery import insert_after, insert_before, matching
+from probdefense.types import Inputs
 from probdefense.validation import check_member, check_positive
 
 
@@ -29,11 +30,13 @@ def pni(
     alpha_init: float = 0.25,
     place: Literal["weight", "input", "output"] = "weight",
     scale_shape: Literal["scalar", "channel", "element"] = "scalar",
+    example: Inputs | None = None,
 ) -> Defense:
     r"""Adds trained noise to every convolution and linear layer, $v + \alpha_l\, \mathrm{std}(v)\, \eta$.
 
     The coefficients get no weight decay (`Defense.param_groups`). Weight noise is one draw for the
     whole batch; noise on inputs or outputs is drawn, and its deviation taken, for every example.
+    Frozen weights (``requires_grad=False``) get no noise.
 
     Args:
         net: A network or a `Defense`; it is copied, parameters keep their names.
@@ -41,12 +44,15 @@ def pni(
         alpha_init: Where every $\alpha$ starts.
         place: What gets noise: the weights (the paper's best), or what each layer receives or returns.
         scale_shape: One $\alpha$ per layer, per channel, or per element (of weights only).
+        example: A batch of inputs, to see which layers run, for noise on inputs or outputs; needed where
+            that cannot be guessed.
 
     Returns:
         A `Defense`; the coefficients are parameters named ``weight_noise.alpha`` or ``pni.alpha``.
 
     Raises:
-        ValueError: no convolution or linear layer, or an option outside its choices.
+        ValueError: no convolution or linear layer that runs, nothing but frozen weights, or an option
+            outside its choices.
 
     References:
         He et al., 2019, [Parametric Noise Injection](https://arxiv.org/abs/1811.09310)
@@ -64,19 +70,23 @@ def pni(
         raise ValueError("scale_shape='element' is for weights; activations have 'scalar' or 'channel'")
     net, sites, num_data = host(net, num_data)
     kinds = (*CONVOLUTIONS, nn.Linear)
-    layers = [layer for _, layer in matching(net, kinds)]
+    layers = dict(matching(net, kinds))
     if not layers:
         raise ValueError(
             f"found nothing to add noise to in {type(net).__name__}; looked for "
             f"{', '.join(kind.__name__ for kind in kinds)}"
         )
     if place == "weight":
-        sites = [*sites, _on_weights(net, layers, sites, alpha_init, scale_shape)]
+        sites = [*sites, _on_weights(net, layers.values(), sites, alpha_init, scale_shape)]
         return Defense.from_sites(net, sites, num_data)
     insert, side = (insert_before, "in") if place == "input" else (insert_after, "out")
-    for layer in layers:
-        shape = per_channel(layer, side) if scale_shape == "channel" else ()
-        insert(layer, "pni", RelativeNoise(alpha_init, shape).to(device_and_dtype(net)))
+    like = device_and_dtype(net, sites)
+    runs = running(net, sites, layers, example, asked=False).shapes
+    if not runs:
+        raise ValueError(f"{', '.join(layers)} never run in {type(net).__name__}: their noise would not act")
+    for path in runs:
+        shape = per_channel(layers[path], side) if scale_shape == "channel" else ()
+        insert(layers[path], "pni", RelativeNoise(alpha_init, shape).to(like))
     return Defense.from_sites(net, sites, num_data)
 
 
@@ -85,19 +95,27 @@ def _on_weights(
 ) -> WeightNoiseSite:
     """One flat site for the noise of all weights, and a layer with the coefficients beside each."""
     owners = set(layers)
-    moved = [group for site in sites if type(site) is WeightSite for group in site.names]
-    noisy = [
-        names
-        for names in (*moved, *tied_names(net).values())
+    moved = {names: shape for site in sites if type(site) is WeightSite for names, shape in _shapes(site)}
+    kept = {names: weight.shape for weight, names in tied_names(net).items() if weight.requires_grad}
+    noisy = {
+        names: shape
+        for names, shape in (moved | kept).items()
         if names[0].endswith("weight") and net.get_submodule(names[0].rpartition(".")[0]) in owners
-    ]
-    name = unused("weight_noise", {site.name for site in sites})
-    like, shapes = device_and_dtype(net), []
-    for names in noisy:
+    }
+    if not noisy:
+        raise ValueError(
+            f"all weights of {type(net).__name__} are frozen (requires_grad=False) and get no noise; "
+            "unfreeze those that shall have it"
+        )
+    name, like = unused("weight_noise", {site.name for site in sites}), device_and_dtype(net, sites)
+    for names, shape in noisy.items():
         owner = net.get_submodule(names[0].rpartition(".")[0])
-        shape: torch.Size = owner.weight.shape  # type: ignore[assignment]
         alphas = {"scalar": (), "channel": (shape[0], *[1] * (len(shape) - 1)), "element": tuple(shape)}
         owner.add_module(name, WeightNoise(alpha, alphas[scale_shape]).to(like))
-        shapes.append(shape)
     standard = Fixed(dist.Normal(0.0, 1.0)).to(like)
-    return WeightNoiseSite(name, standard, None, names=tuple(noisy), shapes=tuple(shapes), layer=name)
+    shapes = tuple(noisy.values())
+    return WeightNoiseSite(name, standard, None, names=tuple(noisy), shapes=shapes, layer=name)
+
+
+def _shapes(site: WeightSite) -> Iterable[tuple[tuple[str, ...], torch.Size]]:
+    return zip(site.names, site.shapes, strict=True)

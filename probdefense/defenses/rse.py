@@ -9,16 +9,14 @@ from collections.abc import Callable
 from typing import Literal
 
 import pyro.distributions as dist
-import torch
 from torch import nn
 from torch.distributions import Distribution
 
 from probdefense.core.defense import Defense
 from probdefense.core.families import Fixed, Spread
 from probdefense.core.sites import NoiseSite, Site, layer_name
-from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel
+from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel, running
 from probdefense.nn.noise import Noise
-from probdefense.nn.passes import input_shapes
 from probdefense.nn.placeholder import placeholders
 from probdefense.nn.surgery import insert_at_input, insert_before, matching
 from probdefense.types import Inputs
@@ -61,13 +59,15 @@ def rse(
         multiplicative: Whether the noise multiplies its input.
         floor: The smallest value of a learned or variational scale.
         when: Noise always, or only in training or only at test (the ablation of the paper's Fig. 2).
-        example: A batch of inputs, for ``scale_shape="element"``.
+        example: A batch of inputs, with which the network runs once to see which layers run and what they
+            receive; needed where that cannot be guessed, and for ``scale_shape="element"``.
 
     Returns:
         A `Defense` whose sites are named after the layers.
 
     Raises:
-        ValueError: no module to put noise before, or an option outside its choices.
+        ValueError: no module to put noise before, one chosen by `where` that never runs, or an option
+            outside its choices.
 
     References:
         Liu et al., 2018, [Towards Robust Neural Networks via Random Self-ensemble](https://arxiv.org/abs/1712.00673)
@@ -96,10 +96,12 @@ def rse(
             floor=floor,
             multiplicative=multiplicative,
             when=when,
-        ).to(device_and_dtype(net))
+        ).to(like)
 
-    met = input_shapes(net, list(hosts), _guess(hosts) if example is None else example)
-    first = next(iter(met), next(iter(hosts)))
+    met = running(net, sites, hosts, example, asked=where is not None).shapes
+    if not met:
+        raise ValueError(f"{', '.join(hosts)} never run in {type(net).__name__}; choose others with where=")
+    first, like = next(iter(met)), device_and_dtype(net, sites)
 
     def shape_at(path: str) -> tuple[int, ...]:
         if scale_shape == "scalar":
@@ -111,12 +113,12 @@ def rse(
         return tuple(example.shape[1:] if path == first and init_at == "input" else met[path])
 
     holes = {}
-    for path, module in hosts.items():
+    for path in filter(met.__contains__, hosts):
         noise = layer(sigma_init if path == first else sigma_inner, shape_at(path))
         if path == first and init_at == "input":
             name = insert_at_input(net, "input_noise", noise)
         else:
-            name = ".".join(filter(None, [path, insert_before(module, "noise", noise)]))
+            name = ".".join(filter(None, [path, insert_before(hosts[path], "noise", noise)]))
         holes[f"{name}.eps"] = shape_at(path)
     if scale == "variational":
         sites = [*sites, *(_variational(net, path, shape, floor) for path, shape in holes.items())]
@@ -135,14 +137,6 @@ def _hosts(
             "pass before_linear=True or where="
         )
     return hosts
-
-
-def _guess(hosts: dict[str, nn.Module]) -> Inputs:
-    """An input that the first registered host accepts: enough to see which host runs first."""
-    module = next(iter(hosts.values()))
-    dims = next((d for d, kind in enumerate(CONVOLUTIONS, 1) if isinstance(module, kind)), 0)
-    channels = getattr(module, "in_channels", getattr(module, "in_features", 1))
-    return torch.zeros(1, channels, *[32] * dims)
 
 
 def _variational(net: nn.Module, path: str, shape: tuple[int, ...], floor: float) -> Site:

@@ -22,13 +22,13 @@ class Members(nn.Module):
         torch.Size([2, 3])
     """
 
-    member: Tensor
+    member: Tensor | None
 
     def __init__(self, nets: list[nn.Module]):
         super().__init__()
         self.members = nn.ModuleList(nets)
         self.num_classes: int | None = None
-        self.register_buffer("member", torch.tensor(ALL), persistent=False)
+        self.register_buffer("member", None, persistent=False)
 
     def forward(self, x: Inputs) -> Tensor:
         """Logits, ``(batch, *event) -> (batch, classes)``; log-probabilities of the whole ensemble.
@@ -36,7 +36,7 @@ class Members(nn.Module):
         Raises:
             ValueError: members with different classes.
         """
-        member = int(self.member)
+        member = ALL if self.member is None else int(self.member)
         if member != ALL:
             return self._answer(member, x)
         answers = [self._answer(k, x).log_softmax(-1) for k in range(len(self.members))]

@@ -1,30 +1,53 @@
 """Running a network without consequences: no running statistics, no arithmetic where none is needed."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from probdefense.nn.placeholder import placeholders, recording
+from probdefense.nn.placeholder import Placeholder, placeholders, recording
+from probdefense.nn.relus import FUNCTIONAL, calls_noted
 from probdefense.rng import forked
 from probdefense.types import Inputs
+
+NONE: Mapping[str, Tensor] = {}
+
+DROPOUT_OFF = {kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.MultiheadAttention)}
+"""Stay in training mode, with their dropout at 0: cuDNN refuses a backward pass through a recurrent layer in
+``eval()``, and attention has a fast path there that ignores hooks."""
+
+TRAINING = {nn.TransformerEncoderLayer.forward}
+"""Stay in training mode for the same fast path; what is random in them is in layers of their own."""
 
 
 @contextmanager
 def held_still(net: nn.Module) -> Iterator[None]:
-    """Normalization and Dropout layers in ``eval()`` for the block, everything else as it is."""
-    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    moving = [module for module in net.modules() if module.training and isinstance(module, kinds)]
-    for module in moving:
-        module.training = False
+    """Evaluation mode for the block: nothing is random but layers with holes, which keep their mode."""
+    before: list[tuple[nn.Module, str, Any]] = []
     try:
+        for module in net.modules():
+            for name, value in _still(module).items():
+                if (present := getattr(module, name)) != value:
+                    before.append((module, name, present))
+                    setattr(module, name, value)
         yield
     finally:
-        for module in moving:
-            module.training = True
+        for module, name, present in before:
+            setattr(module, name, present)
+
+
+def _still(module: nn.Module) -> dict[str, Any]:
+    """The attributes with which a module is deterministic, unless it is declared random."""
+    if any(isinstance(child, Placeholder) for child in module._modules.values()):
+        return {}
+    forward = getattr(type(module), "forward", None)
+    if forward in DROPOUT_OFF:
+        return {"training": True, "dropout": 0.0}
+    return {"training": forward in TRAINING}
 
 
 @contextmanager
@@ -41,24 +64,45 @@ def statistics_kept(net: nn.Module) -> Iterator[None]:
             layer._buffers.update(buffers)
 
 
-def dry_run(net: nn.Module, x: Inputs, restart: Callable[[], None]) -> None:
+def averaging(net: nn.Module) -> set[str]:
+    """The normalization layers, by path, whose running statistics are the plain average over batches."""
+    kinds = nn.modules.batchnorm._NormBase
+    return {path for path, m in net.named_modules() if isinstance(m, kinds) and m.momentum is None}
+
+
+def dry_run(
+    net: nn.Module, x: Inputs, restart: Callable[[], None], given: Mapping[str, Tensor] = NONE
+) -> None:
     """Runs a network on one example like `x`, on the meta device: no arithmetic, no random numbers.
 
     A network that cannot run there (it makes tensors of its own) runs once on zeros instead, after a
-    call of `restart` to forget what the first attempt left.
+    call of `restart` to forget what the first attempt left. `given` are the parameters that the
+    network lacks.
     """
-    state: dict[str, Tensor] = dict(net.named_parameters()) | dict(net.named_buffers())
     with torch.no_grad(), held_still(net):
         try:
-            meta = {name: value.to("meta") for name, value in state.items()}
-            functional_call(net, meta, (torch.empty((1, *x.shape[1:]), dtype=x.dtype, device="meta"),))
-        except (RuntimeError, NotImplementedError):
+            run_on_meta(net, x, given)
+        except Exception:  # whatever a network says that cannot run there: the run on zeros tells
             restart()
-            with forked(0, x.device), explained(x):
-                net(torch.zeros_like(x[:1]))
+            run_on_zeros(net, x, given)
 
 
-MISFIT = re.compile("shape|channels|Expected size|must match|should be the same|same dtype|scalar type")
+def run_on_meta(net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = NONE) -> None:
+    """One example like `x` through the shapes of a network."""
+    state: dict[str, Tensor] = dict(net.named_parameters()) | dict(net.named_buffers()) | dict(given)
+    meta = {name: value.to("meta") for name, value in state.items()}
+    functional_call(net, meta, (torch.empty((1, *x.shape[1:]), dtype=x.dtype, device="meta"),))
+
+
+def run_on_zeros(net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = NONE) -> None:
+    """One black example like `x` through a network, with a random state of its own."""
+    with forked(0, x.device), explained(x):
+        functional_call(net, dict(given), (torch.zeros_like(x[:1]),))
+
+
+MISFIT = re.compile(
+    r"shape|channels|Expected size|Expected \dD|must match|should be the same|should contain|same dtype|scalar type"
+)
 """What torch says where an input does not fit a layer."""
 
 
@@ -81,7 +125,9 @@ def explained(x: Inputs) -> Iterator[None]:
         ) from error
 
 
-def execution_order(net: nn.Module, x: Inputs) -> list[tuple[str, int, torch.Size]]:
+def execution_order(
+    net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = NONE
+) -> list[tuple[str, int, torch.Size]]:
     """``(path, use, event shape)`` of every hole as the network meets it, for one example like `x`."""
     holes = placeholders(net)
 
@@ -91,27 +137,43 @@ def execution_order(net: nn.Module, x: Inputs) -> list[tuple[str, int, torch.Siz
             hole.uses = 0
 
     with recording(holes) as seen:
-        dry_run(net, x, restart)
+        dry_run(net, x, restart, given)
     return seen
 
 
-def input_shapes(net: nn.Module, paths: list[str], x: Inputs) -> dict[str, torch.Size]:
+@contextmanager
+def inputs_seen(net: nn.Module, paths: Collection[str]) -> Iterator[dict[str, torch.Size | None]]:
+    """Collects the event shape of the first input of every module that runs; None if it is no tensor.
+
+    The path of functional ReLUs (`probdefense.nn.relus`) may be among them.
+    """
+    met: dict[str, torch.Size | None] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = next(iter((*args, *kwargs.values())), None)
+            met.setdefault(path, first.shape[1:] if isinstance(first, Tensor) else None)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            if path == FUNCTIONAL:
+                stack.enter_context(calls_noted(net, lambda z: note(FUNCTIONAL)(net, (z,), {})))
+            else:
+                hook = net.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True)
+                stack.callback(hook.remove)
+        yield met
+
+
+def input_shapes(
+    net: nn.Module, paths: Collection[str], x: Inputs, given: Mapping[str, Tensor] = NONE
+) -> dict[str, torch.Size | None]:
     """The event shape that each module receives on an input like `x`, in the order of execution.
 
-    If the network cannot take such an input, the answer covers what ran until it failed.
+    Raises:
+        ValueError: the network cannot take such an input.
     """
-    met: dict[str, torch.Size] = {}
-    handles = [
-        net.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, path=path: met.setdefault(path, args[0].shape[1:]) and None
-        )
-        for path in paths
-    ]
-    try:
-        dry_run(net, x, met.clear)
-    except (RuntimeError, ValueError, IndexError):
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with inputs_seen(net, paths) as met:
+        dry_run(net, x, met.clear, given)
     return met

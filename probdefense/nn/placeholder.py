@@ -38,10 +38,10 @@ class Placeholder(nn.Module):
         self.register_buffer("value", torch.tensor(neutral), persistent=False)
 
     def buffer_name(self, use: int) -> str:
-        """The name under which the value of a use is filled; its buffer is made on first demand."""
+        """The name under which the value of a use is filled; later uses are registered, as None."""
         name = f"value{use or ''}"
         if name not in self._buffers:
-            self.register_buffer(name, self.value.detach().clone(), persistent=False)
+            self.register_buffer(name, None, persistent=False)
         return name
 
     def forward(self, like: Tensor) -> Tensor:
@@ -50,7 +50,8 @@ class Placeholder(nn.Module):
         if self.on_use is not None:
             own = like.shape[1:][: self.axes]
             self.on_use(use, torch.Size([*own, *[1] * (like.dim() - 1 - len(own))]))
-        return self._buffers.get(f"value{use or ''}", self.value)  # type: ignore[return-value]
+        value = self._buffers.get(f"value{use or ''}")
+        return self.value if value is None else value
 
 
 def placeholders(net: nn.Module) -> dict[str, Placeholder]:

@@ -4,7 +4,8 @@ A ReLU that is a module gets a layer of its own. Calls of ``F.relu``, ``torch.re
 ``Tensor.relu`` have no place of their own, so one layer at the root follows all of them.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from probdefense.nn.surgery import free_name, insert_after, matching
 
@@ -23,27 +25,19 @@ FUNCTIONS = frozenset({torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, funct
 Where = Callable[[str, nn.Module], bool]
 
 
-def after_relus(
-    net: nn.Module,
-    name: str,
-    make: Callable[[str], nn.Module],
-    where: Where | None = None,
-    paths: Container[str] | None = None,
-) -> None:
-    """Runs ``make(path)`` on the output of every ReLU, under `name` inside its module.
+def relu_paths(net: nn.Module, where: Where | None = None, paths: Container[str] | None = None) -> list[str]:
+    """Where a network may have ReLUs; ``"functional"`` is the path of all function calls.
 
     Args:
-        net: The network, changed in place.
-        name: What the layers are called.
-        make: A new layer for a path; ``"functional"`` is the path of all function calls.
+        net: The network.
         where: Which modules; by default all, and function calls too.
         paths: Which paths, in place of `where`.
 
     Raises:
-        ValueError: no ReLU, now or, where only function calls are possible, in the first forward pass.
+        ValueError: no ReLU.
     """
     chosen = where if paths is None else lambda path, module: path in paths
-    hosts = dict(matching(net, (nn.ReLU,), chosen))
+    hosts = [path for path, _ in matching(net, (nn.ReLU,), chosen)]
     watched = FUNCTIONAL in paths if paths is not None else where is None and _may_call(net)
     if not hosts and not watched:
         known = ", ".join(path for path, _ in matching(net, (nn.ReLU,))) or "none"
@@ -51,10 +45,34 @@ def after_relus(
             f"found no ReLU in {type(net).__name__}; looked for nn.ReLU modules (here: {known}) that where "
             "accepts, and for calls of F.relu, torch.relu or Tensor.relu"
         )
-    for path, host in hosts.items():
-        insert_after(host, name, make(path))
-    if watched:
-        _watch(net, name, make(FUNCTIONAL), required=not hosts)
+    return [*hosts, *([FUNCTIONAL] if watched else [])]
+
+
+def after_relus(net: nn.Module, name: str, make: Callable[[str], nn.Module], paths: Collection[str]) -> None:
+    """Runs ``make(path)`` on the output of the ReLUs at `paths`, under `name` inside their modules.
+
+    Raises:
+        ValueError: in the first forward pass, where only function calls were possible and there are none.
+    """
+    for path in paths:
+        if path == FUNCTIONAL:
+            _watch(net, name, make(FUNCTIONAL), required=len(paths) == 1)
+        else:
+            insert_after(net.get_submodule(path), name, make(path))
+
+
+@contextmanager
+def calls_noted(net: nn.Module, note: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside the block `note` sees the output of every functional ReLU outside ReLU modules."""
+    watch = Watch(nn.Identity(), required=False)
+    watch.layer.register_forward_pre_hook(lambda _, args: note(args[0]))
+    handles = _mark(net, watch)
+    try:
+        with _Follow(watch):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Watch(nn.Module):
@@ -107,12 +125,18 @@ class _Follow(TorchFunctionMode):
 
 def _watch(net: nn.Module, name: str, layer: nn.Module, required: bool) -> None:
     watch = Watch(layer, required)
-    for _, module in list(matching(net, (nn.ReLU,))):
-        module.register_forward_pre_hook(partial(watch.mark, True))
-        module.register_forward_hook(partial(watch.mark, False))
+    _mark(net, watch)
     net.add_module(free_name(net, f"{FUNCTIONAL}_{name}"), watch)
     net.register_forward_pre_hook(watch.enter)
     net.register_forward_hook(watch.leave, always_call=True)
+
+
+def _mark(net: nn.Module, watch: Watch) -> list[RemovableHandle]:
+    handles = []
+    for _, module in matching(net, (nn.ReLU,)):
+        handles.append(module.register_forward_pre_hook(partial(watch.mark, True)))
+        handles.append(module.register_forward_hook(partial(watch.mark, False)))
+    return handles
 
 
 def _may_call(net: nn.Module) -> bool:

@@ -16,7 +16,7 @@ def insert_before(host: nn.Module, name: str, layer: nn.Module, *, first: bool =
         host._modules.update({name: layer, **children})
         return name
     host.add_module(name, layer)
-    host.register_forward_pre_hook(partial(_run_before, name), prepend=first)
+    host.register_forward_pre_hook(partial(_run_before, name), prepend=first, with_kwargs=True)
     return name
 
 
@@ -66,8 +66,14 @@ def matching(
             yield path, module
 
 
-def _run_before(name: str, host: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (host.get_submodule(name)(args[0]), *args[1:])
+def _run_before(
+    name: str, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    layer = host.get_submodule(name)
+    if args:
+        return (layer(args[0]), *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, {**kwargs, first: layer(kwargs[first])}
 
 
 def _run_after(name: str, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from probdefense.core.sites.members import MemberSite
 from probdefense.core.sites.noise import NoiseSite, layer_name, noise_sites
 from probdefense.core.sites.site import Site, join, unique_names, unused
 from probdefense.core.sites.weight_noise import WeightNoiseSite
-from probdefense.core.sites.weights import Family, Prior, WeightSite, Where, flat_weights, tied_names
+from probdefense.core.sites.weights import Family, Prior, WeightSite, Where, flat_weights, removed, tied_names
 
 __all__ = [
     "Family",
@@ -19,6 +19,7 @@ __all__ = [
     "join",
     "layer_name",
     "noise_sites",
+    "removed",
     "tied_names",
     "unique_names",
     "unused",

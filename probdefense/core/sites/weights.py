@@ -62,8 +62,8 @@ def flat_weights(
 ) -> list[Site]:
     """Moves parameters out of `net` into flat sites, one per pair of families (or one per tensor).
 
-    The values become the posterior locations. Each parameter leaves a placeholder buffer of its
-    shape behind, under the same name.
+    The values become the posterior locations. Each parameter stays registered under its name, as None:
+    there is nothing to copy, average, save or broadcast, and a draw is filled in by name.
 
     Raises:
         ValueError: no parameter was chosen, an unknown layout, or an infinite KL.
@@ -95,14 +95,14 @@ def flat_weights(
                 shapes=tuple(parameter.shape for _, parameter, _ in members),
             )
         )
-    for names, parameter in chosen:
+    for names, _ in chosen:
         for parameter_name in names:
-            _leave_placeholder(net, parameter_name, parameter)
+            _take_out(net, parameter_name)
     return sites
 
 
 def _choose(net: nn.Module, where: Where | None) -> list[tuple[tuple[str, ...], nn.Parameter]]:
-    """Chosen parameters with all their names; by default every one outside normalization layers."""
+    """Chosen parameters with all their names; by default all trained ones outside normalization layers."""
     normal = tuple(
         kind
         for kind in (
@@ -114,17 +114,20 @@ def _choose(net: nn.Module, where: Where | None) -> list[tuple[tuple[str, ...], 
     )
     names = tied_names(net)
 
-    def default(name: str, _: Tensor) -> bool:
+    def default(name: str, parameter: Tensor) -> bool:
         owner = net.get_submodule(name.rpartition(".")[0])
-        return not isinstance(owner, normal) and not getattr(owner, "noise_coefficients", False)
+        fixed = isinstance(owner, normal) or getattr(owner, "noise_coefficients", False)
+        return parameter.requires_grad and not fixed
 
     accept = where or default
     chosen = [(n, p) for p, n in names.items() if accept(n[0], p)]
     if not chosen:
         known = ", ".join(n[0] for n in itertools.islice(names.values(), 8)) or "(no parameters left)"
+        frozen = bool(names) and not any(parameter.requires_grad for parameter in names)
+        why = "; all of them are frozen (requires_grad=False), and only where= makes those random"
         raise ValueError(
-            f"no parameter of {type(net).__name__} was chosen; expected where(name, tensor) to accept "
-            f"one of: {known}"
+            f"no parameter of {type(net).__name__} was chosen{why if frozen and where is None else ''}; "
+            f"expected where(name, tensor) to accept one of: {known}"
         )
     return chosen
 
@@ -162,9 +165,30 @@ def _refuse_zeros(kind: Any, prior: Distribution | None, name: str, parameter: T
         )
 
 
-def _leave_placeholder(net: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def removed(sites: Iterable[Site]) -> dict[str, Tensor]:
+    """The parameters that became random, by name, at their means: the network cannot run without them."""
+    filled: dict[str, Tensor] = {}
+    for site in sites:
+        if isinstance(site, WeightSite) and not site.perturbs:
+            filled |= site.fill(site.center().detach(), nn.Identity())
+    return filled
+
+
+def _take_out(net: nn.Module, name: str) -> None:
     path, _, attribute = name.rpartition(".")
     owner = net.get_submodule(path)
-    del owner._parameters[attribute]
-    hollow = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-    owner.register_buffer(attribute, hollow, persistent=False)
+    setattr(owner, attribute, None)
+    if isinstance(owner, nn.RNNBase) and _collect not in owner._forward_pre_hooks.values():
+        owner.register_forward_pre_hook(_collect)
+        owner.register_forward_hook(_let_go, always_call=True)
+
+
+def _collect(layer: nn.Module, _: Any) -> None:
+    """Recurrent layers read a list of their weights: it is made of what is filled in."""
+    layer._init_flat_weights()  # type: ignore[operator]
+
+
+def _let_go(layer: nn.Module, *_: Any) -> None:
+    """The list would keep the last draw and its graph alive, and could not be copied."""
+    layer._flat_weights = [None] * len(layer._flat_weights)  # type: ignore[arg-type]
+    layer._flat_weight_refs = layer._flat_weights

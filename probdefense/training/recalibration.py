@@ -1,12 +1,16 @@
 """Running statistics of normalization layers, taken anew under the posterior."""
 
-from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from probdefense.nn.passes import explained
+from probdefense.training.batches import Batches, batches, check_loader
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def recalibrate(defense: Any, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+def recalibrate(defense: Any, loader: Batches) -> None:
     """Replaces the running statistics of BatchNorm by their average over data and draws.
 
     Each batch is seen through one draw. Statistics that training left behind belong to weights that
@@ -17,7 +21,8 @@ def recalibrate(defense: Any, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
         loader: Batches ``(x, y)``; labels are not used.
 
     Raises:
-        ValueError: no layer with running statistics.
+        TypeError: something else than batches of tensors.
+        ValueError: no layer with running statistics, no batch, or bad data; the statistics stay.
 
     Examples:
         >>> import probdefense as pd
@@ -31,13 +36,20 @@ def recalibrate(defense: Any, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
     layers = [m for m in defense.modules() if isinstance(m, kinds) and m.track_running_stats]
     if not layers:
         raise ValueError("found no normalization layer with running statistics in the defense")
+    check_loader(loader)
     before = [(layer, layer.momentum, layer.training) for layer in layers]
+    found = [(layer, name, getattr(layer, name).clone()) for layer in layers for name in STATISTICS]
     try:
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum, layer.training = None, True  # None: the plain average over batches
-        for x, _ in loader:
-            defense.move_statistics(x.to(next(layers[0].buffers()).device))
+        for x, _ in batches(loader, next(layers[0].buffers()).device):
+            with explained(x):
+                defense.move_statistics(x)
+    except BaseException:
+        for layer, name, value in found:
+            getattr(layer, name).copy_(value)
+        raise
     finally:
         for layer, momentum, training in before:
             layer.momentum, layer.training = momentum, training

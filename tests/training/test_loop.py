@@ -74,8 +74,47 @@ def test_modes_are_restored_one_by_one():
     pd.fit(defense, loader(), epochs=1, progress=False)
     assert before == [module.training for module in defense.modules()]
     with pytest.raises(ZeroDivisionError):
-        pd.fit(defense, loader(), epochs=1, objective=lambda *_: 1 / 0, progress=False)
+        pd.fit(defense, loader(), epochs=1, objective=lambda *_: 1 / 0, progress=False, seed=0)
     assert before == [module.training for module in defense.modules()]
+
+
+def test_every_epoch_is_trained_in_training_mode():
+    net, modes = tiny_net(), []
+    defense = pd.deterministic(net)
+
+    def spy(defense, x, y):
+        modes.append((defense.training, net[2].training))
+        return elbo(defense, x, y)
+
+    def look(epoch, history):
+        defense.eval()
+
+    pd.fit(defense, loader(), epochs=3, objective=spy, callbacks=[look], progress=False)
+    assert modes == [(True, True)] * 12
+    assert all(module.training for module in defense.modules())
+    defense.eval()
+    pd.fit(defense, loader(), epochs=1, callbacks=[lambda *_: defense.train()], progress=False)
+    assert not any(module.training for module in defense.modules())
+
+
+def test_callbacks_run_in_order_after_the_schedule():
+    defense, seen = defended("deterministic"), []
+    optimizer = torch.optim.SGD(defense.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    pd.fit(
+        defense,
+        loader(),
+        epochs=2,
+        optimizer=optimizer,
+        schedule=schedule,
+        validation=lambda defense: seen.append("validation") or 0.0,
+        callbacks=(
+            lambda epoch, history: seen.append((epoch, optimizer.param_groups[0]["lr"])),
+            lambda epoch, history: seen.append(len(history.validation)),
+        ),
+        progress=False,
+    )
+    assert seen == ["validation", (0, 0.5), 1, "validation", (1, 0.25), 2]
 
 
 def test_kl_schedule_reaches_the_elbo_inside():
@@ -132,6 +171,20 @@ def test_nan_stops_training_and_says_where():
         pd.fit(pd.deterministic(net), [(torch.rand(8, 4), torch.zeros(8).long())], epochs=1, progress=False)
 
 
+def test_nan_of_a_later_epoch_says_which_and_moves_nothing():
+    net, losses = nn.Linear(4, 3), iter([1.0, 1.0, 1.0, torch.inf])
+    batches = [(torch.rand(8, 4), torch.zeros(8).long())] * 2
+    weights = []
+
+    def objective(defense, x, y):
+        weights.append(net.weight.detach().clone())
+        return elbo(defense, x, y) * next(losses)
+
+    with pytest.raises(FloatingPointError, match="loss became inf in epoch 1, step 3"):
+        pd.fit(pd.deterministic(net), batches, epochs=3, objective=objective, progress=False)
+    assert torch.equal(net.weight, weights[-1])
+
+
 def hollow():
     return pd.deterministic(nn.Flatten())
 
@@ -167,11 +220,55 @@ def hollow():
             lambda: pd.fit(defended("rse"), loader(), epochs=1, max_grad_norm=-1.0),
             "expected max_grad_norm > 0",
         ),
+        (lambda: pd.fit(tiny_net(), loader(), epochs=1), "expected a Defense, got Sequential; wrap"),
+        (lambda: pd.fit(defended("rse"), loader(), epochs=1, seed=-1), "expected seed >= 0"),
+        (lambda: pd.fit(defended("rse"), loader(), epochs=1, seed=1.5), "expected seed as an integer"),
+        (
+            lambda: pd.fit(defended("rse"), loader(), epochs=1, optimizer=torch.optim.Adam),
+            "expected optimizer as a torch.optim.Optimizer",
+        ),
+        (
+            lambda: pd.fit(
+                (one := defended("rse")), loader(), epochs=1, optimizer=torch.optim.LBFGS(one.parameters())
+            ),
+            "steps without a closure, got LBFGS",
+        ),
     ],
 )
 def test_bad_requests_are_refused(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+def logits_and_labels(logits, y):
+    return logits.mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": None}, r"expected objective as a function of \(defense, x, y\), got NoneType None"),
+        ({"objective": "elbo"}, "expected objective as a function .*, got str 'elbo'"),
+        ({"objective": nn.CrossEntropyLoss()}, r"expected objective as a function .*, got one of \(input"),
+        ({"objective": logits_and_labels}, r"expected objective .*, got one of \(logits, y\)"),
+        ({"objective": logits_and_labels, "kl_schedule": abs}, r"\(defense, x, y, kl_weight\)"),
+        ({"objective": lambda d, x, y: None}, "expected objective.* to return one number .*, got NoneType"),
+        ({"objective": lambda d, x, y: 1.0}, "to return one number that has a gradient, got float"),
+        ({"objective": lambda d, x, y: d(x)[0]}, r"got shape \(16, 3\); .*average over the batch"),
+        ({"objective": lambda d, x, y: d(x).mean().detach()}, "to return one number that has a gradient"),
+        ({"kl_schedule": 0.5}, r"expected kl_schedule as a function of \(progress\), got float 0.5"),
+        ({"validation": 0.5}, r"expected validation as a function of \(defense\), got float"),
+        ({"validation": lambda defense: None}, "to return one number, got NoneType"),
+        ({"validation": lambda defense: torch.ones(2)}, "to return one number, got Tensor"),
+        ({"callbacks": lambda epoch, history: None}, r"expected callbacks as a list .*pass \[callback\]"),
+        ({"callbacks": [print, None]}, r"expected each callback as a function of \(epoch, history\)"),
+        ({"callbacks": [lambda epoch: None]}, "expected each callback .*, got one of"),
+        ({"callbacks": "print"}, "expected each callback .*, got str 'p'"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(settings, message):
+    with pytest.raises(TypeError, match=message):
+        pd.fit(defended("deterministic"), loader(), epochs=1, progress=False, **settings)
 
 
 def test_loss_module_is_the_objective():

@@ -1,13 +1,62 @@
-"""The examples of an evaluation: a pair of tensors, a data set or a loader, read in the order given."""
+"""The examples of an evaluation, in the order given, as chunks of one size: the unit of everything after."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sized
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from probdefense.prediction.drawing import ROWS
 from probdefense.types import Data, Inputs, Labels
+from probdefense.validation import check_count, check_inputs, check_labels
+
+
+class Chunk(NamedTuple):
+    """Some examples ``(batch, *event)`` with their labels ``(batch,)``, and the number of the first one."""
+
+    number: int
+    first: int
+    x: Inputs
+    y: Labels
+
+    @property
+    def ids(self) -> Tensor:
+        """The numbers of the examples in the whole set, ``(batch,)``."""
+        return self.first + torch.arange(len(self.x), device=self.x.device)
+
+
+def chunks(data: Data, size: int, first: int = 0) -> Iterator[Chunk]:
+    """The examples in chunks of `size`, whatever the batches that they come in; one chunk is held at a time.
+
+    Args:
+        data: ``(x, y)``, a map-style data set, or a loader of such batches that keeps their order.
+        size: Examples per chunk; the last one may have fewer.
+        first: The number of the first example, a multiple of `size`.
+
+    Raises:
+        TypeError: none of these, or bad inputs or labels.
+        ValueError: no examples, a loader that shuffles, or bad inputs or labels.
+    """
+    check_count("chunk_size", size)
+    number = first // size
+    for x, y in _regrouped(batches(data, ordered=True), size):
+        check_inputs(x)
+        check_labels(y, len(x))
+        yield Chunk(number, number * size, x, y)
+        number += 1
+    if number == first // size:
+        raise ValueError("expected at least one batch (x, y), got an empty loader")
+
+
+def num_chunks(data: Data, size: int) -> int | None:
+    """How many chunks there will be; None where nobody knows."""
+    examples: object = data
+    if isinstance(data, tuple) and data:
+        examples = data[0]
+    elif isinstance(data, DataLoader):
+        examples = data.dataset
+    return -(-len(examples) // size) if isinstance(examples, Sized) else None
 
 
 def gather(data: Data) -> tuple[Inputs, Labels]:
@@ -17,15 +66,62 @@ def gather(data: Data) -> tuple[Inputs, Labels]:
         TypeError: none of these.
         ValueError: no examples.
     """
+    found = list(batches(data))
+    if not found:
+        raise ValueError("expected at least one batch (x, y), got an empty loader")
+    return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
+
+
+def batches(data: Data, ordered: bool = False) -> Iterator[tuple[Inputs, Labels]]:
+    """Batches ``(x, y)`` in the order given; with `ordered` that order must be the same every time.
+
+    Raises:
+        TypeError: neither tensors nor a data set nor a loader.
+        ValueError: a loader that shuffles, or batches of something else than pairs.
+    """
     if isinstance(data, tuple) and len(data) == 2:
         x, y = data
         if isinstance(x, Tensor) and isinstance(y, Tensor):
-            return x, y
+            yield x, y
+            return
     if isinstance(data, Dataset):
         data = DataLoader(data, batch_size=ROWS)
-    if not isinstance(data, Iterable):
+    if isinstance(data, DataLoader) and ordered:
+        _refuse_shuffling(data)
+    if isinstance(data, Tensor | str | dict) or not isinstance(data, Iterable):
         raise TypeError(f"expected (x, y), a data set or a loader of batches, got {type(data).__name__}")
-    batches = [(x, y) for x, y in data]
-    if not batches:
-        raise ValueError("expected at least one batch (x, y), got an empty loader")
-    return torch.cat([x for x, _ in batches]), torch.cat([torch.as_tensor(y) for _, y in batches])
+    for batch in data:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            came = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+            raise ValueError(
+                f"expected batches (x, y), got {came}; wrap the data so that every batch is a pair of images "
+                "and labels"
+            )
+        yield torch.as_tensor(batch[0]), torch.as_tensor(batch[1])
+
+
+def _refuse_shuffling(loader: DataLoader) -> None:
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler.sampler  # type: ignore[attr-defined]
+    ordered = isinstance(sampler, SequentialSampler) or type(sampler).__name__ == "_InfiniteConstantSampler"
+    if not ordered:
+        raise ValueError(
+            f"expected a loader that keeps the order of its data, got one with a {type(sampler).__name__}; "
+            "the draws of a verdict belong to the numbers of the examples: make it with shuffle=False"
+        )
+
+
+def _regrouped(pairs: Iterable[tuple[Inputs, Labels]], size: int) -> Iterator[tuple[Inputs, Labels]]:
+    """The same examples in batches of one size."""
+    held: list[tuple[Inputs, Labels]] = []
+    count = 0
+    for x, y in pairs:
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and len(x) != len(y):
+            check_labels(y, len(x))
+        held.append((x, y))
+        count += len(x)
+        while count >= size:
+            xs, ys = torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
+            yield xs[:size], ys[:size]
+            held, count = ([(xs[size:], ys[size:])] if count > size else []), count - size
+    if count:
+        yield torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])

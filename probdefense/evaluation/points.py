@@ -3,7 +3,6 @@
 import inspect
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 
 from probdefense.evaluation.arrays import exact
+from probdefense.evaluation.examples import Chunk
 from probdefense.logits.adapters import Samples, as_logits_fn, counted
 from probdefense.ops import lp_norm, reach
+from probdefense.prediction.drawing import Keyed
 from probdefense.rng import derive, forked, hash_keys
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm
 from probdefense.validation import check_count
@@ -82,35 +83,25 @@ class Spent(NamedTuple):
     seconds: float = 0.0
 
 
-class Found(NamedTuple):
-    """The points of one run, ``(batch, *event)``, and their distances, ``(batch,)``.
+class Run(NamedTuple):
+    """An attack at one radius, infinity if it has none, with the options that it gets."""
 
-    ``eps`` is the radius that the attack kept to, infinity if it has none.
-    """
-
+    label: str
+    attack: Attack
     eps: float
+    options: dict[str, Any]
+
+
+class Found(NamedTuple):
+    """The points of one run on a chunk, ``(batch, *event)``, and their distances, ``(batch,)``."""
+
     points: Inputs
     distance: Tensor
     spent: Spent
 
 
-def attacked(
-    logits_fn: LogitsFn, x: Inputs, y: Labels, label: str, attack: Attack, threat: Threat, seed: int
-) -> Iterator[Found]:
-    """The attack's points: at every radius, at the one that it fixes itself, or without a budget.
-
-    Raises:
-        ValueError: an attack in another norm or with a larger radius than was asked for, or points that
-            no attack may return.
-    """
-    for eps, options in runs(label, attack, threat):
-        points, spent = _run(logits_fn, x, y, label, attack, options, seed)
-        distance = _checked(points, x, eps, threat, label)
-        yield Found(eps, points, distance, spent)
-
-
-def runs(label: str, attack: Attack, threat: Threat) -> list[tuple[float, dict[str, Any]]]:
-    """The radius and the options of every run of an attack.
+def runs(label: str, attack: Attack, threat: Threat) -> list[Run]:
+    """The runs of an attack: at every radius, at the one that it fixes itself, or one without a budget.
 
     Raises:
         ValueError: an attack that fixes another norm, or a radius beyond those asked for.
@@ -124,16 +115,16 @@ def runs(label: str, attack: Attack, threat: Threat) -> list[tuple[float, dict[s
         )
     options = {"norm": threat.norm} if budget and "norm" in free else {}
     if "eps" in free:
-        return [(radius, {**options, "eps": radius}) for radius in threat.radii]
+        return [Run(label, attack, radius, {**options, "eps": radius}) for radius in threat.radii]
     eps = fixed.get("eps")
     if not isinstance(eps, int | float) and not (isinstance(eps, Tensor) and eps.dim() == 0):
-        return [(math.inf, options)]
+        return [Run(label, attack, math.inf, options)]
     if float(eps) > max(threat.radii):
         raise ValueError(
             f"attack {label!r} fixes eps={float(eps):g}, beyond eps={max(threat.radii):g} of this "
             "evaluation; leave eps out of its partial, or evaluate at that radius"
         )
-    return [(float(eps), options)]
+    return [Run(label, attack, float(eps), options)]
 
 
 def configuration(attack: Attack) -> tuple[set[str], dict[str, Any]]:
@@ -155,24 +146,34 @@ def _draws(attack: Attack) -> int:
     return attack.num_samples if isinstance(attack, WithDraws) else ATTACK_SAMPLES
 
 
-def _run(
-    logits_fn: LogitsFn, x: Inputs, y: Labels, label: str, attack: Attack, options: dict[str, Any], seed: int
-) -> tuple[Inputs, Spent]:
-    key, num_samples = derive(seed, "attack", label), _draws(attack)
-    if "seed" in configuration(attack)[0]:
-        options = {**options, "seed": hash_keys(key, torch.arange(len(x), device=x.device))}
-    cost, start = counted(logits_fn), time.perf_counter()
-    seen = cost.samples(num_samples) if hasattr(cost, "samples") else Samples(cost, num_samples)
-    with forked(key, x.device):
-        points = attack(seen, x.clone(), y.clone(), **options)
+def attacked(
+    logits_fn: LogitsFn, chunk: Chunk, run: Run, threat: Threat, *, seed: int, draw_chunk: int | None = None
+) -> Found:
+    """The points of one run on a chunk.
+
+    Every random number belongs to (seed, attack, radius, chunk): those of the function under attack also to
+    the number of the call, those that the attack draws itself to the example.
+
+    Raises:
+        TypeError: an attack that returns no tensor.
+        ValueError: points that no attack may return.
+    """
+    x, num_samples, options = chunk.x, _draws(run.attack), run.options
+    key = derive(seed, "attack", run.label, exact(run.eps))
+    if "seed" in configuration(run.attack)[0]:
+        options = {**options, "seed": hash_keys(key, chunk.ids)}
+    key = derive(key, chunk.number)
+    cost, start = counted(Keyed(logits_fn, key, draw_chunk)), time.perf_counter()
+    with forked(derive(key, "own"), x.device):
+        points = run.attack(Samples(cost, num_samples), x.clone(), chunk.y.clone(), **options)
     seconds = time.perf_counter() - start
     if not isinstance(points, Tensor):
-        raise TypeError(f"attack {label!r} returned {type(points).__name__}, expected a tensor of points")
-    drawn = num_samples if logits_fn.stochastic else 1
-    return points.detach(), Spent(drawn, cost.queries, cost.gradients, seconds)
+        raise TypeError(f"attack {run.label!r} returned {type(points).__name__}, expected a tensor of points")
+    spent = Spent(num_samples if logits_fn.stochastic else 1, cost.queries, cost.gradients, seconds)
+    return Found(points.detach(), _distance(points.detach(), x, run.eps, threat, run.label), spent)
 
 
-def _checked(points: Inputs, x: Inputs, eps: float, threat: Threat, label: str) -> Tensor:
+def _distance(points: Inputs, x: Inputs, eps: float, threat: Threat, label: str) -> Tensor:
     """How far every point is, ``(batch,)``.
 
     Raises:

@@ -2,35 +2,43 @@
 
 Three streams of draws never meet: what an attack climbs, what the worst case is chosen on, and the
 verdict (see `prediction.drawing`). Verdict draws are the same for clean inputs and every attack, so an
-attack that does nothing leaves exactly the clean accuracy. Data walk one way: examples, points,
-verdicts, rows. Nothing is optimized here.
+attack that does nothing leaves exactly the clean accuracy. Data walk one way, chunk by chunk: examples,
+points, verdicts, records, rows. Nothing is optimized here.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from probdefense.evaluation.arrays import radii_of
-from probdefense.evaluation.examples import gather
+from probdefense.evaluation.examples import Chunk, chunks, gather, num_chunks
 from probdefense.evaluation.intervals import ESTIMANDS
-from probdefense.evaluation.points import Threat, attacked, runs
+from probdefense.evaluation.journal import Book, Journal
+from probdefense.evaluation.points import Run, Spent, Threat, attacked, runs
+from probdefense.evaluation.records import Record
 from probdefense.evaluation.report import Report
-from probdefense.evaluation.rows import Candidate, Rows
+from probdefense.evaluation.rows import Rows
 from probdefense.evaluation.verdicts import Judge, rule_name
 from probdefense.logits.adapters import as_logits_fn
 from probdefense.logits.rules import mean_prob, single_draw
-from probdefense.prediction.drawing import draws_kind
+from probdefense.prediction.drawing import draws_kind, is_adaptive
 from probdefense.progress import track
-from probdefense.types import Attack, Data, Inputs, Labels, LogitsFn, Norm, Rule
+from probdefense.types import Attack, Data, LogitsFn, Norm, Rule
 from probdefense.validation import (
     check_count,
     check_eps,
-    check_inputs,
-    check_labels,
+    check_function,
     check_member,
     check_norm,
 )
+
+CHUNK_SIZE = 256
+"""Examples that are attacked together."""
 
 
 def evaluate(
@@ -45,6 +53,9 @@ def evaluate(
     seed: int = 0,
     name: str = "defense",
     estimand: str = "population",
+    chunk_size: int = CHUNK_SIZE,
+    draw_chunk: int | None = None,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Accuracy of a defense on clean inputs and under every attack, by every rule.
 
@@ -54,11 +65,11 @@ def evaluate(
     stands there, and `Report.curve` gives every radius. With several
     attacks the rows of ``"worst"`` take, for each example, the point with the smallest margin of the
     rule on draws of their own. A defense that adapts (`AdaptiveLogitsFn`) is replayed three times in
-    stream order from the state it was found in, each replay one verdict.
+    stream order from the state it was found in, each replay one verdict; its stream is one chunk.
 
     Args:
         logits_fn: A `Defense` or any `LogitsFn`.
-        data: ``(x, y)``, a data set, or a loader of such batches.
+        data: ``(x, y)``, a data set, or a loader of such batches that keeps their order.
         attacks: By name; `with_draws` sets the draws per call (1, or 16 on a random defense).
         norm: Of the threat model.
         eps: One radius in pixels, or several, as numbers, a tensor or an array.
@@ -66,6 +77,11 @@ def evaluate(
         num_samples: Verdict draws.
         seed: Of attacks, selection and verdict; the report depends on nothing else.
         name: Of the defense, in the rows.
+        chunk_size: Examples that are attacked together; one chunk is in memory at a time. It decides, with
+            `seed`, which draws the attacks see.
+        draw_chunk: Images (rows times draws) per pass of the defense, chosen by the memory of one if None;
+            it changes no draw.
+        journal: A folder in which every finished chunk is kept; a rerun goes on where it ended.
         estimand: What the intervals are about: ``"population"`` or ``"test set"``, see
             `intervals.accuracy_interval`.
 
@@ -87,59 +103,108 @@ def evaluate(
         >>> [(row["attack"], row["rule"]) for row in report.rows]
         [('clean', 'mean_prob'), ('clean', 'single_draw'), ('fgsm', 'mean_prob'), ('fgsm', 'single_draw')]
     """
-    logits_fn, attacks = as_logits_fn(logits_fn), attacks or {}
-    x, y = gather(data)
+    logits_fn, attacks = as_logits_fn(logits_fn), dict(attacks or {})
     threat = Threat(norm, tuple(radii_of(eps)))
-    _check_settings(x, y, threat, rules, num_samples, estimand)
-    _check_attacks(name, attacks, threat)
-    settings = {"norm": _number(norm), "num_samples": num_samples, "seed": seed, "confidence": 0.95}
-    settings |= {"estimand": estimand, "pixels": x[0].numel(), "dtype": str(x.dtype).removeprefix("torch.")}
-    rows = Rows(Report([], settings), name, draws_kind(logits_fn))
-    rows.report.arrays.put(y.cpu().numpy(), "labels", name)
-    judge = Judge(logits_fn, y, tuple(rules), num_samples, seed)
-    clean = judge.see(x)
-    rows.file_clean(clean)
-    offered: dict[float, list[Candidate]] = {radius: [] for radius in threat.radii}
-    for label, attack in track(list(attacks.items()), f"attack {name}"):
-        for found in attacked(logits_fn, x, y, label, attack, threat, seed):
-            seen = judge.see(found.points)
-            for radius, candidate in rows.file_found(label, found, seen, clean, x, threat):
-                offered[radius].append(candidate)
-    if len(attacks) > 1:
-        for radius, candidates in offered.items():
-            if not candidates:  # every attack fixed a larger radius
-                continue
-            chosen = judge.worst([candidate.points for candidate in candidates])
-            rows.file_worst(radius, candidates, chosen)
-    return rows.report
+    _check_settings(threat, rules, num_samples, seed, estimand, draw_chunk)
+    runs = _all_runs(name, attacks, threat)
+    if is_adaptive(logits_fn):
+        data = gather(data)
+        chunk_size = max(1, len(data[0]))
+    judge = Judge(logits_fn, tuple(rules), num_samples, seed, selects=len(attacks) > 1)
+    book = Book({}, None if journal is None else Journal(journal))
+    asked: dict[str, Any] = {
+        "norm": _number(norm),
+        "num_samples": num_samples,
+        "seed": seed,
+        "confidence": 0.95,
+    }
+    asked |= {"estimand": estimand, "chunk_size": chunk_size, "draw_chunk": draw_chunk}
+    if book.journal is not None:
+        book.journal.open({**asked, "rules": [rule_name(rule) for rule in rules]}, logits_fn, attacks)
+    labels: list[np.ndarray] = []
+    about: dict[str, Any] = {}
+    for chunk in track(chunks(data, chunk_size), f"evaluate {name}", num_chunks(data, chunk_size)):
+        about = about or _about(chunk)
+        labels.append(chunk.y.cpu().numpy())
+        _see_chunk(book, judge, chunk, runs, threat, draw_chunk)
+    report = Report([], asked | about)
+    report.arrays.put(np.concatenate(labels), "labels", name)
+    Rows(report, name, draws_kind(logits_fn)).file(book.joined(), runs, threat)
+    return report
+
+
+def _see_chunk(
+    book: Book, judge: Judge, chunk: Chunk, runs: list[Run], threat: Threat, draw_chunk: int | None
+) -> None:
+    """Writes the records of one chunk that are not there yet: of the examples, and of every run."""
+    for run in [None, *runs]:
+        place = ("clean", 0.0) if run is None else (run.label, run.eps)
+        if book.has(place, chunk):
+            continue
+        if run is None:
+            record = Record.of(judge.see(chunk.x, chunk.y, chunk.first), Spent())
+        else:
+            found = attacked(judge.logits_fn, chunk, run, threat, seed=judge.seed, draw_chunk=draw_chunk)
+            seen = judge.see(found.points, chunk.y, chunk.first)
+            record = Record.of(seen, found.spent, found.distance if run.eps == math.inf else None)
+        book.write(place, chunk, record)
+
+
+def _about(chunk: Chunk) -> dict[str, Any]:
+    """What else the bytes of a report depend on."""
+    x = chunk.x
+    return {
+        "pixels": x[0].numel(),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "device": x.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _check_settings(
-    x: Inputs, y: Labels, threat: Threat, rules: Sequence[Rule], num_samples: int, estimand: str
+    threat: Threat,
+    rules: Sequence[Rule],
+    num_samples: int,
+    seed: int,
+    estimand: str,
+    draw_chunk: int | None,
 ) -> None:
-    check_inputs(x)
-    check_labels(y, len(x))
     check_norm(threat.norm)
     for radius in threat.radii:
         check_eps(radius)
     check_count("num_samples", num_samples)
+    check_count("seed", seed, least=0)
+    if draw_chunk is not None:
+        check_count("draw_chunk", draw_chunk)
     check_member("estimand", estimand, ESTIMANDS)
     if not threat.radii or not rules:
         raise ValueError("expected at least one eps and one rule, got none")
     names = [rule_name(rule) for rule in rules]
     if len(set(names)) < len(names):
         raise ValueError(f"expected rules with different names, got {', '.join(names)}")
+    for rule in rules:
+        check_function("every rule", rule, "logits")
 
 
-def _check_attacks(name: str, attacks: Mapping[str, Attack], threat: Threat) -> None:
-    """Refuses names that the report uses itself, and attacks that do not fit, before any of them runs."""
+def _all_runs(name: str, attacks: Mapping[str, Attack], threat: Threat) -> list[Run]:
+    """Every run of every attack; refuses what does not fit before any of them starts.
+
+    Raises:
+        TypeError: an attack that cannot be called, or a name that is no text.
+        ValueError: a name that the report uses itself, or see `points.runs`.
+    """
     for each in (name, *attacks):
-        if each in ("clean", "worst") or "/" in each:
+        if not isinstance(each, str):
+            raise TypeError(
+                f"expected names of defenses and attacks as text, got {type(each).__name__} {each!r}"
+            )
+        if each in ("clean", "worst") or "/" in each or not each:
             raise ValueError(f"expected names other than 'clean' and 'worst' and without '/', got {each!r}")
     for label, attack in attacks.items():
         if not callable(attack):
             raise TypeError(f"expected attack {label!r} as a function, got {type(attack).__name__}")
-        runs(label, attack, threat)
+    return [run for label, attack in attacks.items() for run in runs(label, attack, threat)]
 
 
 def _number(norm: Norm) -> str | int:

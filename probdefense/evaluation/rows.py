@@ -1,25 +1,18 @@
-"""From verdicts to rows: files what was seen in a report, under the radius at which it counts."""
+"""From records to rows: files what was seen in a report, under the radius at which it counts."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from probdefense.evaluation.points import Found, Spent, Threat
+from probdefense.evaluation.points import Run, Spent, Threat
+from probdefense.evaluation.records import Record
 from probdefense.evaluation.report import Report, Row, proportion
-from probdefense.evaluation.verdicts import Seen
-from probdefense.ops import per_example
-from probdefense.types import Inputs
+from probdefense.ops import reach
 
-
-class Candidate(NamedTuple):
-    """Points that an attack has at some radius, and the radius under which their verdicts are filed."""
-
-    attack: str
-    eps: float
-    points: Inputs
+Place = tuple[str, float]
+"""An attack and the radius under which its verdicts are filed."""
 
 
 class Rows(NamedTuple):
@@ -29,55 +22,65 @@ class Rows(NamedTuple):
     defense: str
     draws: str
 
-    def file_clean(self, seen: Seen) -> None:
-        """The verdicts on the examples themselves."""
-        self._file("clean", 0.0, seen, Spent())
+    def file(self, records: Mapping[Place, Record], runs: list[Run], threat: Threat) -> None:
+        """Files clean verdicts, every run and the worst case; ``(label, eps)`` names the records."""
+        clean = records["clean", 0.0]
+        self._file("clean", 0.0, clean)
+        offered: dict[float, list[tuple[Place, Record]]] = {radius: [] for radius in threat.radii}
+        for run in runs:
+            for radius, place, record in self._file_run(run, records[run.label, run.eps], clean, threat):
+                offered[radius].append((place, record))
+        if len({run.label for run in runs}) > 1:
+            for radius, candidates in offered.items():
+                if candidates:  # none where every attack fixed a larger radius
+                    self._file_worst(radius, candidates, clean.num_samples)
 
-    def file_found(
-        self, label: str, found: Found, seen: Seen, clean: Seen, x: Inputs, threat: Threat
-    ) -> list[tuple[float, Candidate]]:
-        """The verdicts on an attack's points; what it has to offer at every radius is returned.
+    def _file_run(
+        self, run: Run, found: Record, clean: Record, threat: Threat
+    ) -> list[tuple[float, Place, Record]]:
+        """Files one run; returns what it has to offer at every radius.
 
         Points of an attack without a budget count at the radii that they lie within; elsewhere the clean
         input stands.
         """
-        if found.eps < math.inf:
-            self._file(label, found.eps, seen, found.spent)
-            candidate = Candidate(label, found.eps, found.points)
-            return [(radius, candidate) for radius in threat.radii if radius >= found.eps]
-        self._keep(label, math.inf, seen)
-        self.report.arrays.put(_array(found.distance.to(x.dtype)), "distance", self.defense, label)
+        if run.eps < math.inf:
+            self._file(run.label, run.eps, found)
+            place = run.label, run.eps
+            return [(radius, place, found) for radius in threat.radii if radius >= run.eps]
+        self._keep(run.label, math.inf, found)
+        distance, asked = found.arrays["distance"], self.report.settings
+        self.report.arrays.put(distance, "distance", self.defense, run.label)
         offered = []
         for radius in threat.radii:
-            inside = threat.inside(found.distance, radius, x)
-            self._file(label, radius, seen.where(inside, clean), found.spent)
-            points = torch.where(per_example(inside, x), found.points, x)
-            offered.append((radius, Candidate(label, radius, points)))
+            inside = distance <= reach(radius, threat.norm, asked["pixels"], asked["dtype"])
+            record = found.where(inside, clean)
+            self._file(run.label, radius, record)
+            offered.append((radius, (run.label, radius), record))
         return offered
 
-    def file_worst(self, radius: float, candidates: list[Candidate], chosen: dict[str, Tensor]) -> None:
-        """For each example the verdict under the chosen candidate, by rule."""
-        num_samples = self.report.rows[0]["num_samples"]
-        for rule, index in chosen.items():
-            places = [("correct", self.defense, one.attack, one.eps, rule) for one in candidates]
-            correct = torch.stack([torch.as_tensor(self.report.arrays.at(*place)) for place in places])
-            worst = correct.gather(0, index.cpu().expand(1, *correct.shape[1:])).squeeze(0)
-            self.report.arrays.put(worst.numpy(), "correct", self.defense, "worst", radius, rule)
+    def _file_worst(self, radius: float, candidates: list[tuple[Place, Record]], num_samples: int) -> None:
+        """For each example the verdict under the attack that leaves it the smallest margin, by rule."""
+        records = [record for _, record in candidates]
+        for rule in records[0].rules:
+            chosen = np.stack([record.arrays[f"margins/{rule}"] for record in records]).argmin(0)
+            correct = np.stack([record.arrays[f"correct/{rule}"] for record in records])
+            worst = np.take_along_axis(correct, chosen[None, None, :], axis=0)[0]
+            self.report.arrays.put(worst, "correct", self.defense, "worst", radius, rule)
             self._add_row("worst", radius, rule, num_samples, Spent())
 
-    def _file(self, attack: str, radius: float, seen: Seen, spent: Spent) -> None:
-        self._keep(attack, radius, seen)
-        for rule in seen.correct:
-            self._add_row(attack, radius, rule, seen.num_samples, spent)
-        self.report.timing[self.report.arrays.key(self.defense, attack, radius)] = spent.seconds
+    def _file(self, attack: str, radius: float, record: Record) -> None:
+        self._keep(attack, radius, record)
+        for rule in record.rules:
+            self._add_row(attack, radius, rule, record.num_samples, record.spent)
+        self.report.timing[self.report.arrays.key(self.defense, attack, radius)] = record.spent.seconds
 
-    def _keep(self, attack: str, radius: float, seen: Seen) -> None:
+    def _keep(self, attack: str, radius: float, record: Record) -> None:
         """Keeps what is known of every example."""
         arrays, place = self.report.arrays, (self.defense, attack, radius)
-        for rule, correct in seen.correct.items():
-            arrays.put(_array(correct), "correct", *place, rule)
-        arrays.put(_array(seen.log_probs), "log_probs", *place)
-        arrays.put(_array(seen.expected_entropy), "expected_entropy", *place)
+        for rule in record.rules:
+            arrays.put(record.arrays[f"correct/{rule}"], "correct", *place, rule)
+        for kind in ("log_probs", "expected_entropy"):
+            arrays.put(record.arrays[kind], kind, *place)
 
     def _add_row(self, attack: str, radius: float, rule: str, num_samples: int, spent: Spent) -> None:
         array = self.report.arrays.at("correct", self.defense, attack, radius, rule)
@@ -95,7 +98,3 @@ class Rows(NamedTuple):
             "gradients": spent.gradients,
         }
         self.report.rows.append(row)
-
-
-def _array(values: Tensor) -> np.ndarray:
-    return values.cpu().numpy()

@@ -20,52 +20,51 @@ class Seen(NamedTuple):
     """What the verdict draws say of a set of points.
 
     ``correct`` (verdicts, batch) by rule; ``log_probs`` (batch, classes) of the mean probability;
-    ``expected_entropy`` (batch,) in nats; ``num_samples`` draws in all.
+    ``expected_entropy`` (batch,) in nats; ``num_samples`` draws in all; ``margins`` (batch,) by rule, on the
+    draws by which the worst of several attacks is chosen, where they are wanted.
     """
 
     correct: dict[str, Tensor]
     log_probs: Tensor
     expected_entropy: Tensor
     num_samples: int
+    margins: dict[str, Tensor]
 
     def where(self, mask: Tensor, other: "Seen") -> "Seen":
         """What is seen of some examples here, of the rest there."""
-        correct = {rule: torch.where(mask, here, other.correct[rule]) for rule, here in self.correct.items()}
-        log_probs = torch.where(mask.unsqueeze(1), self.log_probs, other.log_probs)
-        expected = torch.where(mask, self.expected_entropy, other.expected_entropy)
-        return Seen(correct, log_probs, expected, self.num_samples)
+        return Seen(
+            {rule: torch.where(mask, here, other.correct[rule]) for rule, here in self.correct.items()},
+            torch.where(mask.unsqueeze(1), self.log_probs, other.log_probs),
+            torch.where(mask, self.expected_entropy, other.expected_entropy),
+            self.num_samples,
+            {rule: torch.where(mask, here, other.margins[rule]) for rule, here in self.margins.items()},
+        )
 
 
 class Judge(NamedTuple):
-    """Gives verdicts on points of the same examples, all by the same draws."""
+    """Gives verdicts on points of some examples, all by the same draws."""
 
     logits_fn: LogitsFn
-    y: Labels
     rules: tuple[Rule, ...]
     num_samples: int
     seed: int
+    selects: bool
 
-    def see(self, points: Inputs) -> Seen:
-        """The verdicts of every rule."""
-        groups = draw_groups(self.logits_fn, points, self.num_samples, derive(self.seed, "verdict"))
-        check_classes(self.y, groups[0].shape[-1])
+    def see(self, points: Inputs, y: Labels, first: int) -> Seen:
+        """The verdicts of every rule; `first` is the number of the first example."""
+        verdict, selection = derive(self.seed, "verdict"), derive(self.seed, "selection")
+        groups = draw_groups(self.logits_fn, points, self.num_samples, verdict, first)
+        check_classes(y, groups[0].shape[-1])
         correct = {
-            rule_name(rule): torch.cat([verdicts(rule, group, self.y) for group in groups])
-            for rule in self.rules
+            rule_name(rule): torch.cat([verdicts(rule, group, y) for group in groups]) for rule in self.rules
         }
-        logits = torch.cat(groups)
-        return Seen(correct, mean_prob(logits), entropy(logits.log_softmax(-1)).mean(0), len(logits))
-
-    def worst(self, candidates: list[Inputs]) -> dict[str, Tensor]:
-        """Which candidate leaves every example the smallest margin, ``(batch,)`` by rule, on other draws."""
-        seed = derive(self.seed, "selection")
-        drawn = [draw_groups(self.logits_fn, points, SELECTION_SAMPLES, seed) for points in candidates]
-        return {
-            rule_name(rule): torch.stack(
-                [torch.cat([margins(rule, group, self.y) for group in groups]).mean(0) for groups in drawn]
-            ).argmin(0)
-            for rule in self.rules
-        }
+        logits, left = torch.cat(groups), {}
+        if self.selects:
+            drawn = draw_groups(self.logits_fn, points, SELECTION_SAMPLES, selection, first)
+            for rule in self.rules:
+                left[rule_name(rule)] = torch.cat([margins(rule, group, y) for group in drawn]).mean(0)
+        expected = entropy(logits.log_softmax(-1)).mean(0)
+        return Seen(correct, mean_prob(logits), expected, len(logits), left)
 
 
 def rule_name(rule: Rule) -> str:

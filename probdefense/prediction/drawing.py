@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probdefense.logits.adapters import can_freeze
+from probdefense.logits.adapters import Samples, can_freeze
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Logits, LogitsFn
 from probdefense.validation import check_answer
@@ -27,7 +27,7 @@ REPLAYS = 3
 """How often a defense that adapts goes through the inputs."""
 
 
-def draw_groups(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int) -> list[Logits]:
+def draw_groups(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int, first: int = 0) -> list[Logits]:
     """Logits in groups that are judged apart: one of all draws, or one per replay of an adaptive defense.
 
     Args:
@@ -35,16 +35,17 @@ def draw_groups(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int) -> 
         x: ``(batch, *event)``, in stream order.
         num_samples: Draws, per replay for an adaptive defense that takes the number.
         seed: Of the draws.
+        first: The number of the first example: noise belongs to the numbers, weights to the seed.
 
     Returns:
         Groups ``(samples, batch, classes)``, detached.
     """
     if is_adaptive(logits_fn):
         return [_checked(logits, x) for logits in _replayed(logits_fn, x, num_samples, seed)]
-    return [draw_keyed(logits_fn, x, num_samples, seed)]
+    return [draw_keyed(logits_fn, x, num_samples, seed, first)]
 
 
-def draw_keyed(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int) -> Logits:
+def draw_keyed(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int, first: int = 0) -> Logits:
     """Logits of draws that depend on (seed, example) alone, ``(samples, batch, classes)``."""
     with torch.no_grad():
         if not logits_fn.stochastic:
@@ -53,15 +54,67 @@ def draw_keyed(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int) -> L
         for start in range(0, num_samples, BLOCK):
             count, key = min(BLOCK, num_samples - start), derive(seed, start)
             if hasattr(logits_fn, "keyed"):
-                ids = torch.arange(len(x), device=x.device)
+                ids = first + torch.arange(len(x), device=x.device)
                 blocks.append(logits_fn.keyed(key, ids, count)(x))
             elif can_freeze(logits_fn):
                 with forked(key, x.device):
                     frozen = logits_fn.freeze(count)
                 blocks.append(torch.cat([frozen(part) for part in x.split(ROWS)], dim=1))
             else:
-                blocks.append(_in_seeded_chunks(logits_fn, x, count, key))
+                blocks.append(_in_seeded_chunks(logits_fn, x, count, derive(key, first)))
         return _checked(torch.cat(blocks), x)
+
+
+class Keyed:
+    """A function whose every call has draws of its own, keyed by (seed, number of the call).
+
+    This is what an attack is handed: whatever the number of threads or restarts, the same call gets the
+    same draws. What it asks for at once is computed in passes of at most `draw_chunk` images, which changes
+    no draw.
+
+    Args:
+        logits_fn: What is asked.
+        seed: Of the draws.
+        draw_chunk: Images (rows times draws) per pass, chosen by the memory of one if None.
+    """
+
+    def __init__(self, logits_fn: LogitsFn, seed: int, draw_chunk: int | None = None):
+        self.logits_fn, self.seed, self.draw_chunk, self.calls = logits_fn, seed, draw_chunk, 0
+
+    @property
+    def stochastic(self) -> bool:
+        """As the function itself."""
+        return self.logits_fn.stochastic
+
+    def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
+        """``(samples, batch, classes)``."""
+        key = self._next()
+        if hasattr(self.logits_fn, "drawn"):
+            return self.logits_fn.drawn(x, num_samples, seed=key, max_batch=self.draw_chunk)
+        with forked(key, x.device):
+            return self.logits_fn(x, num_samples)
+
+    @property
+    def freeze(self) -> Any:
+        """The function with its randomness fixed, of the next call's draws; None if it cannot."""
+        return self._freeze if can_freeze(self.logits_fn) else None
+
+    def samples(self, num_samples: int) -> Samples:
+        """The same function with a fixed number of draws."""
+        return Samples(self, num_samples)
+
+    def _freeze(self, num_samples: int) -> LogitsFn:
+        with forked(self._next()):
+            return self.logits_fn.freeze(num_samples)
+
+    def _next(self) -> int:
+        self.calls += 1
+        return derive(self.seed, self.calls)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "logits_fn":
+            raise AttributeError(name)
+        return getattr(self.logits_fn, name)
 
 
 def draws_kind(logits_fn: LogitsFn) -> str:

@@ -27,11 +27,20 @@ from probdefense.core.defense import Defense
 from probdefense.core.families import Fixed
 from probdefense.core.programs import Model
 from probdefense.evaluation.examples import gather
+from probdefense.nn.passes import explained
 from probdefense.objectives import elbo
 from probdefense.progress import track
 from probdefense.rng import derive, forked
 from probdefense.types import Attack, Inputs, Logits, LogitsFn, Objective
-from probdefense.validation import check_count, check_inputs, check_member, check_positive
+from probdefense.validation import (
+    check_classes,
+    check_count,
+    check_function,
+    check_inputs,
+    check_labels,
+    check_member,
+    check_positive,
+)
 
 NORMALIZATION = nn.modules.batchnorm._NormBase
 Adapt = Literal["all", "last", "norm", "guide"]
@@ -98,7 +107,9 @@ def rmc(
         An `RMC`: ``static``, ``simulate``, ``respond``, ``state`` and ``restore`` beside the call.
 
     Raises:
-        ValueError: $K$ larger than the data, nothing to adapt, or settings out of range.
+        TypeError: a base that no builder made, or an `attack` or `objective` that is no function.
+        ValueError: $K$ larger than the data, nothing to adapt, data that do not fit each other or the
+            base, or settings out of range.
 
     References:
         Wu et al., 2020, [Adversarial Robustness via Runtime Masking and
@@ -125,9 +136,10 @@ def rmc(
         patience=patience,
         batch_size=batch_size,
     )
-    _check(defense, settings, num_copies)
+    _check(defense, settings, num_copies, seed)
+    check_function("attack", attack, "logits_fn", "x", "y")
     x, y = gather(data)
-    check_inputs(x)
+    _check_data(defense, x, y)
     copies = [attacked_copy(defense, attack, x, y, derive(seed, "copy", i)) for i in range(num_copies)]
     bank = Bank(defense, torch.cat([x, *copies]), y.repeat(1 + num_copies))
     if not 8 <= num_neighbors <= len(bank.x):
@@ -187,34 +199,46 @@ class RMC:
         return copy.deepcopy({"adapted": self.adapted.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Puts back what `state` gave, bit for bit."""
+        """Puts back what `state` gave, bit for bit.
+
+        Raises:
+            TypeError: something else.
+        """
+        if not isinstance(state, dict) or state.keys() != {"adapted", "optimizer"}:
+            raise TypeError(
+                f"expected what state() gave, got {type(state).__name__} {state!r:.60}; keep that"
+            )
         self.adapted.load_state_dict(state["adapted"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
     def simulate(self, x: Inputs, *, seed: int) -> LogitsFn:
         """The function that would answer `x`, all of it in one group; the defense stays as it is."""
-        found = self.state()
+        self._check_stream(x, seed)
+        twin = self._twin()
         with forked(seed, x.device):
-            self._refine(self.bank.nearest(x, self.settings.num_neighbors))
-        function = copy.deepcopy(self.adapted)
-        self.restore(found)
-        return function
+            twin._refine(self.bank.nearest(x, self.settings.num_neighbors))
+        return twin.adapted
 
     def respond(self, x: Inputs, *, seed: int, num_samples: int = 1) -> Logits:
         """Answers the inputs in stream order, ``(samples, batch, classes)``, adapting as it goes.
+
+        When the objective fails, the defense is found again as it was before the first of them.
 
         Args:
             x: ``(batch, *event)``, a piece of the stream.
             seed: Of the splits, the order of training examples, and the draws.
             num_samples: Draws behind every answer.
         """
-        answers = []
+        self._check_stream(x, seed)
+        check_count("num_samples", num_samples)
+        twin, answers = self._twin(), []
         for number, part in enumerate(track(x.split(self.settings.group), "adapt")):
             with forked(derive(seed, number), x.device):
-                self._refine(self.bank.nearest(part, self.settings.num_neighbors))
+                twin._refine(self.bank.nearest(part, self.settings.num_neighbors))
                 with torch.no_grad():
-                    answers.append(self.adapted(part, num_samples))
-                self._settle_down()
+                    answers.append(twin.adapted(part, num_samples))
+                twin._settle_down()
+        vars(self).update(vars(twin))  # only now: what failed on the way leaves no trace
         return torch.cat(answers, dim=1)
 
     @property
@@ -222,6 +246,23 @@ class RMC:
         """The model under refinement, whose data are the neighbors."""
         assert isinstance(self.adapted.model, Model)
         return self.adapted.model
+
+    def _twin(self) -> "RMC":
+        """A copy that may move, or fail, without a trace here."""
+        twin = copy.copy(self)
+        moving = self.adapted, self.parameters, self.optimizer
+        twin.adapted, twin.parameters, twin.optimizer = copy.deepcopy(moving)
+        return twin
+
+    def _check_stream(self, x: Inputs, seed: int) -> None:
+        """Refuses inputs of another shape than the bank's."""
+        check_inputs(x)
+        check_count("seed", seed, least=0)
+        if x.shape[1:] != self.bank.x.shape[1:]:
+            raise ValueError(
+                f"expected inputs (batch, {', '.join(map(str, self.bank.x.shape[1:]))}), like the data that "
+                f"the defense adapts on, got {tuple(x.shape)}; give it images of that size"
+            )
 
     def _refine(self, nearest: Tensor) -> None:
         """Trains on the neighbors; a quarter of the nearest fifth decides when to stop."""
@@ -280,16 +321,26 @@ class RMC:
             return -float(self.adapted.step(self.bank.x[rows], self.bank.y[rows]).log_lik.mean())
 
 
-def _check(defense: Defense, settings: Settings, num_copies: int) -> None:
+def _check_data(defense: Defense, x: Inputs, y: Tensor) -> None:
+    """Refuses data that do not fit each other or the base."""
+    check_inputs(x)
+    check_labels(y, len(x))
+    with torch.no_grad(), explained(x):
+        check_classes(y, defense.mean()(x[:1]).shape[-1])
+
+
+def _check(defense: Defense, settings: Settings, num_copies: int, seed: int) -> None:
     if not isinstance(defense, Defense) or not hasattr(defense.model, "sites"):
         raise TypeError(f"expected a Defense made by a builder, got {type(defense).__name__}")
     for name in ("num_neighbors", "group", "max_epochs", "patience", "batch_size"):
         check_count(name, getattr(settings, name))
     check_count("num_copies", num_copies, least=0)
+    check_count("seed", seed, least=0)
+    check_function("objective", settings.objective, "defense", "x", "y")
     check_positive("learning_rate", settings.learning_rate)
     check_member("policy", settings.policy, ("carry", "reset", "decay"))
     if not 0 <= settings.decay <= 1:
-        raise ValueError(f"expected decay in [0, 1], got {settings.decay}")
+        raise ValueError(f"expected decay in [0, 1], got {settings.decay}; it is the share that is kept")
 
 
 def _local(defense: Defense, num_data: int) -> Defense:

@@ -124,6 +124,55 @@ def test_divergence_is_undone_and_reported():
     assert same(found["adapted"], defense.state()["adapted"])
 
 
+def everything(defense):
+    """Weights, optimizer, flags, gradients, sizes and modes of the part that moves."""
+    return {
+        **defense.state(),
+        "flags": [p.requires_grad for p in defense.adapted.parameters()],
+        "gradients": [p.grad is None for p in defense.adapted.parameters()],
+        "sizes": (defense.adapted.num_data, defense.model.num_data, defense.diverged),
+        "modes": [module.training for module in defense.adapted.modules()],
+    }
+
+
+@pytest.mark.parametrize("policy", ["carry", "decay"])
+@pytest.mark.parametrize("kind", ["deterministic", "bayesian"])
+@pytest.mark.parametrize("ask", ["simulate", "respond"])
+def test_an_objective_that_fails_leaves_no_trace(ask, kind, policy):
+    calls = []
+
+    def failing(defense, x, y):
+        calls.append(len(x))
+        if len(calls) == limit:
+            defense.train()
+            for parameter in defense.parameters():
+                parameter.requires_grad_(not parameter.requires_grad)
+            raise ZeroDivisionError("the objective failed")
+        return elbo(defense, x, y)
+
+    limit = None
+    defense, (x, _) = adaptive(kind, objective=failing, policy=policy), tiny_batch(3, seed=9)
+    defense.respond(x[:1], seed=0)
+    found, first = everything(defense), defense.state()
+    for limit in (1, 3) if ask == "simulate" else (1, 3, 8):
+        calls.clear()
+        with pytest.raises(ZeroDivisionError):
+            getattr(defense, ask)(x, seed=1)
+        assert same(found, everything(defense)), f"step {limit} left a trace"
+    limit = None
+    answer = defense.respond(x, seed=1)
+    defense.restore(first)
+    assert torch.equal(answer, defense.respond(x, seed=1))
+
+
+def test_a_simulation_that_diverges_is_not_counted():
+    defense, (x, _) = adaptive(objective=lambda d, x, y: elbo(d, x, y) * torch.nan), tiny_batch(2, seed=9)
+    found = everything(defense)
+    with pytest.warns(UserWarning, match="a refinement diverged"):
+        defense.simulate(x, seed=0)
+    assert same(found, everything(defense))
+
+
 @pytest.mark.parametrize("policy", ["carry", "reset", "decay"])
 def test_policies(policy):
     defense, (x, _) = adaptive(policy=policy, calibrate=False, decay=0.25), tiny_batch(1, seed=9)
@@ -189,11 +238,70 @@ def test_groups_answer_together_in_stream_order():
         ({"group": 0}, "expected group >= 1"),
         ({"adapt": "guide"}, "nothing to adapt with adapt='guide'"),
         ({"decay": 2.0}, r"expected decay in \[0, 1\]"),
+        ({"seed": -1}, "expected seed >= 0"),
     ],
 )
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         adaptive(**options)
+
+
+X, Y = tiny_batch(40)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((X, Y[:30]), r"expected y of shape \(40,\), one label per example, got \(30,\)"),
+        ((X[:30], Y), r"expected y of shape \(30,\)"),
+        ((X, Y + 1), "expected y < 3, the number of classes in the logits, got 3"),
+        ((X, Y - 1), "labels are class indices from 0"),
+        ((X, Y.float()), "regression is out of scope"),
+        ((X + 1, Y), r"expected x in \[0, 1\]"),
+        ((X[:, :, :3], Y), "expected inputs that fit the network"),
+        (None, "expected .*, got NoneType"),
+        ((X[:0], Y[:0]), "expected at least one example"),
+    ],
+)
+def test_data_that_do_not_fit(data, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pd.rmc(base(), data, attack=FGSM, num_neighbors=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attack": None}, r"expected attack as a function of \(logits_fn, x, y\), got NoneType"),
+        ({"attack": lambda f, x: x}, "expected attack as a function of .*, got one of"),
+        ({"attack": lambda f, x, y: None}, "expected attack to return points like x, .*, got NoneType"),
+        ({"attack": lambda f, x, y: x[:1]}, r"expected attack to return points .*, got \(1, 1, 6, 6\)"),
+        ({"attack": lambda f, x, y: x + 1}, r"expected the points of attack in \[0, 1\]"),
+        ({"objective": "elbo"}, r"expected objective as a function of \(defense, x, y\), got str"),
+    ],
+)
+def test_functions_that_are_none(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pd.rmc(base(), (X, Y), **{"attack": FGSM, "num_neighbors": 16, **options})
+
+
+@pytest.mark.parametrize("ask", ["simulate", "respond"])
+def test_questions_of_another_kind(ask):
+    defense = adaptive()
+    found = defense.state()
+    for x, seed, message in (
+        (X[:2, :, :5], 0, r"expected inputs \(batch, 1, 6, 6\)"),
+        (X[:2] + 1, 0, r"expected x in \[0, 1\]"),
+        (X[:2].numpy(), 0, "expected x as a torch.Tensor"),
+        (X[:2], 1.5, "expected seed as an integer"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            getattr(defense, ask)(x, seed=seed)
+    with pytest.raises(ValueError, match="expected num_samples >= 1"):
+        defense.respond(X[:2], seed=0, num_samples=0)
+    for state in ({}, None, {"adapted": {}}):
+        with pytest.raises(TypeError, match=r"expected what state\(\) gave"):
+            defense.restore(state)
+    assert same(found, defense.state())
 
 
 def test_bad_bases():

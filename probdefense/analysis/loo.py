@@ -49,6 +49,9 @@ def loo(tree: Any) -> Loo:
     Returns:
         A `Loo`.
 
+    Raises:
+        ValueError: a container of another origin.
+
     References:
         Vehtari et al., 2017, [Practical Bayesian model evaluation using leave-one-out
         cross-validation and WAIC](https://arxiv.org/abs/1507.04544)
@@ -60,7 +63,9 @@ def loo(tree: Any) -> Loo:
         >>> loo(tree).num_dropped
         0
     """
-    group = tree["log_likelihood"]
+    group = tree["log_likelihood"] if "log_likelihood" in tree else None
+    if group is None or "weights_are_random" not in group.attrs:
+        raise ValueError("expected a container that to_arviz(defense, (x, y)) made, with its log-likelihood")
     log_lik = np.asarray(group["y"], dtype=np.float64)
     draws = log_lik.reshape(-1, log_lik.shape[-1])
     count, examples = draws.shape

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import MultiFrameTensor
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
@@ -29,6 +28,9 @@ Site = Mapping[str, Any]
 """A node of a trace, as Pyro recorded it."""
 
 Sites = dict[str, Any]
+
+Structure = Mapping[str, frozenset[str]]
+"""By site of a guide, the other sites that its density is made of."""
 
 
 class Evidence(NamedTuple):
@@ -101,18 +103,31 @@ def batch_dim(site: Site, shape: torch.Size, batch: int) -> int | None:
     return max(fitting, key=lambda dim: (sizes[dim], dim), default=None)
 
 
-def evidence(model: Trace, guide: Trace, batch: int) -> Evidence:
+def made_of(guide: Trace) -> Structure:
+    """The sites whose values the density of each site of a guide is made of, directly.
+
+    Args:
+        guide: Traced under `Parents`.
+    """
+    sites = random_sites(guide) | random_sites(guide, observed=True)
+    return {name: get_provenance(site["fn"].log_prob(site["value"])) - {name} for name, site in sites.items()}
+
+
+def evidence(model: Trace, guide: Trace, parents: Structure, batch: int) -> Evidence:
     """The terms of the ELBO of one draw.
 
     Args:
         model: Of ``model(x, y)`` at the values of the guide.
-        guide: Of ``guide(x, y)``, its values marked by `Parents`.
+        guide: Of ``guide(x, y)``.
+        parents: What the guide's sites are made of.
         batch: Number of examples.
 
     Raises:
-        ValueError: nothing is observed per example, or more examples than the plate has.
+        ValueError: nothing is observed per example, more examples than the plate has, or a site to be
+            enumerated.
     """
     latent, observed = random_sites(model), random_sites(model, observed=True)
+    _refuse_enumerated(latent, guide)
     log_probs = {name: _log_prob(site) for name, site in observed.items()}
     dims = {name: batch_dim(site, log_probs[name].shape, batch) for name, site in observed.items()}
     rows = {name: dim for name, dim in dims.items() if dim is not None}
@@ -121,7 +136,7 @@ def evidence(model: Trace, guide: Trace, batch: int) -> Evidence:
     _refuse_small(num_data, list(rows), batch)
     log_lik = torch.stack([_over_rows(log_probs[name], dim) for name, dim in rows.items()]).sum(0)
     log_lik = log_lik * (batch / num_data)
-    costs = _divergences(latent, guide)
+    costs = _divergences(latent, guide, parents)
     for name in observed:
         if name not in rows:
             costs.append(Cost([name], MultiFrameTensor(_by_plate(observed[name], -log_probs[name]))))
@@ -135,11 +150,9 @@ def evidence(model: Trace, guide: Trace, batch: int) -> Evidence:
     return Evidence(log_lik + log_lik.detach() * score, kl, score, num_data)
 
 
-def _divergences(latent: Sites, guide: Trace) -> list[Cost]:
+def _divergences(latent: Sites, guide: Trace, parents: Structure) -> list[Cost]:
     """log q - log p by groups of guide sites that share a density, closed where both have a form."""
     sites = random_sites(guide) | random_sites(guide, observed=True)
-    parts = {name: site["fn"].score_parts(site["value"]) for name, site in sites.items()}
-    parents = {name: get_provenance(part.log_prob) - {name} for name, part in parts.items()}
     costs: list[Cost] = []
     for group in _groups(parents, latent):
         pairs = [(sites[name], latent.get(name)) for name in group]
@@ -149,14 +162,12 @@ def _divergences(latent: Sites, guide: Trace) -> list[Cost]:
         exact = terms is not None
         if terms is None:
             priors = [_by_plate(p, -_log_prob(p)) for _, p in pairs if p is not None]
-            terms = MultiFrameTensor(
-                *(_by_plate(sites[n], _log_q(sites[n], parts[n])) for n in group), *priors
-            )
+            terms = MultiFrameTensor(*(_by_plate(q, _log_q(q)) for q, _ in pairs), *priors)
         costs.append(Cost([name for name in group if name in latent] or group, terms, exact))
     return costs
 
 
-def _groups(parents: Mapping[str, frozenset[str]], latent: Sites) -> list[list[str]]:
+def _groups(parents: Structure, latent: Sites) -> list[list[str]]:
     """The guide's sites, auxiliary ones together with the latents that are made of them."""
     group = {name: [name] for name in parents}
     for name, made_of in parents.items():
@@ -168,9 +179,7 @@ def _groups(parents: Mapping[str, frozenset[str]], latent: Sites) -> list[list[s
     return [members for name, members in group.items() if members[0] == name]
 
 
-def _closed(
-    group: list[str], sites: Sites, latent: Sites, parents: Mapping[str, frozenset[str]]
-) -> MultiFrameTensor | None:
+def _closed(group: list[str], sites: Sites, latent: Sites, parents: Structure) -> MultiFrameTensor | None:
     """The KL divergence in closed form; None where there is none, or where it would not be the mean."""
     q, p = sites[group[0]], latent.get(group[0])
     if len(group) > 1 or p is None or _is_point(q["fn"]):  # a point of an autoguide may hold a Jacobian
@@ -182,7 +191,7 @@ def _closed(
     if any(group[0] in _ancestors(name, parents) for name in before):
         return None
     try:
-        kl = detach_provenance(kl_divergence(q["fn"], p["fn"]))
+        kl = kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
         return None
     return MultiFrameTensor(_by_plate(q, scale_and_mask(kl, q["scale"], q["mask"])))
@@ -195,7 +204,7 @@ def _scores(latent: Sites, guide: Trace) -> dict[str, tuple[Any, Tensor]]:
     for name, site in {**random_sites(guide), **drawn}.items():
         if getattr(site["fn"], "has_rsample", False):
             continue
-        score = detach_provenance(site["fn"].log_prob(site["value"]))
+        score = site["fn"].log_prob(site["value"])
         if score.requires_grad:
             scores[name] = _by_plate(site, score - score.detach())
     return scores
@@ -222,11 +231,10 @@ def _log_prob(site: Site) -> Tensor:
     return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
 
 
-def _log_q(site: Site, parts: ScoreParts) -> Tensor:
+def _log_q(site: Site) -> Tensor:
     """log q in value; in gradient its entropy part, which is none for a site with a score."""
-    value = detach_provenance(parts.log_prob)
-    if parts.entropy_term is not parts.log_prob:
-        gradient = detach_provenance(parts.entropy_term)
+    value, _, gradient = site["fn"].score_parts(site["value"])
+    if gradient is not value:
         value = gradient + (value - gradient).detach()
     return scale_and_mask(value, site["scale"], site["mask"])
 
@@ -258,7 +266,7 @@ def _size(frame: Any) -> int:
     return int(frame.size if frame.full_size is None else frame.full_size)
 
 
-def _ancestors(name: str, parents: Mapping[str, frozenset[str]]) -> set[str]:
+def _ancestors(name: str, parents: Structure) -> set[str]:
     found: set[str] = set()
     left = list(parents.get(name, ()))
     while left:
@@ -279,6 +287,15 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return one is not None and other is not None and bool((torch.as_tensor(one == other)).all())
     return one == other
+
+
+def _refuse_enumerated(latent: Sites, guide: Trace) -> None:
+    for name, site in latent.items():
+        if name not in guide.nodes and site["infer"].get("enumerate"):
+            raise ValueError(
+                f"site {name!r} of the model is marked for enumeration, but here every site is drawn; give "
+                "the guide this site, or drop the mark to draw it from its prior"
+            )
 
 
 def _refuse_unobserved(log_probs: Draws, rows: Mapping[str, int], batch: int) -> None:

@@ -9,17 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from probdefense.core.evidence import Given, Parents, batch_dim, evidence, is_subsample, random_sites
+from probdefense.core.evidence import (
+    Given,
+    Parents,
+    Structure,
+    batch_dim,
+    evidence,
+    is_subsample,
+    made_of,
+    random_sites,
+)
 from probdefense.core.sites import join
 from probdefense.nn.passes import held_still
 from probdefense.rng import GLOBAL, derive, forked
@@ -36,6 +45,9 @@ def own_params() -> Iterator[None]:
     """
     with GLOBAL, pyro.settings.context(module_local_params=False), pyro.get_param_store().scope():
         yield
+
+
+_STRUCTURES: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], Structure]] = WeakKeyDictionary()
 
 
 class Replayed:
@@ -84,9 +96,15 @@ class Replayed:
                     "make it an attribute, as in self.loc = PyroParam(...)"
                 )
 
-    def logits(self, x: Inputs, num_samples: int, chunk_size: int | None, backend: str) -> Tensor:
-        """Logits of fresh draws, ``(samples, batch, classes)``."""
-        return torch.cat([self.at(x, _values(self.trace(x), plates=True)) for _ in range(num_samples)])
+    def logits(
+        self, x: Inputs, num_samples: int, max_batch: int | None, backend: str, seed: int | None = None
+    ) -> Tensor:
+        """Logits of fresh draws, ``(samples, batch, classes)``; with `seed` of draws that belong to it."""
+        members = []
+        for member in range(num_samples):
+            with forked(None if seed is None else derive(seed, member), x.device):
+                members.append(self.at(x, _values(self.trace(x), plates=True)))
+        return torch.cat(members)
 
     def freeze(self, num_samples: int, seed: int, ids: Tensor | None = None) -> "FrozenReplay":
         """`num_samples` functions whose latent values are drawn from `seed`."""
@@ -95,8 +113,7 @@ class Replayed:
     def step(self, x: Inputs, y: Labels, draws: Draws | None) -> Step:
         """One training forward: fresh draws (or the given ones), log-likelihood and KL by site."""
         with own_params(), Given(draws or {}):
-            with Parents():
-                guide = poutine.trace(self.guide).get_trace(x, y)
+            guide = poutine.trace(self.guide).get_trace(x, y)
             with Given(_values(guide, plates=True)):
                 model = poutine.trace(self.model).get_trace(x, y)
         for seen in (guide, model):
@@ -106,10 +123,20 @@ class Replayed:
             raise ValueError(
                 f"the draws lack sites {', '.join(sorted(missing))}; take all of them from defense.draw(x)"
             )
-        found = evidence(model, guide, len(x))
+        found = evidence(model, guide, self._structure(x, y, guide), len(x))
         self.num_data = found.num_data
         logits = self._answer(model.nodes["_RETURN"]["value"], x)
         return Step(logits, found.log_lik, found.kl, values, found.score)
+
+    def _structure(self, x: Inputs, y: Labels, seen: Trace) -> Structure:
+        """What the guide's sites are made of: found by a second run, once per set of sites."""
+        known = _STRUCTURES.setdefault(self.guide, {})
+        key = tuple(seen.nodes)
+        if key not in known:
+            given = Given(_values(seen, plates=True))
+            with torch.no_grad(), forked(0, x.device), held_still(self.guide), own_params(), given, Parents():
+                known[key] = made_of(poutine.trace(self.guide).get_trace(x, y))
+        return known[key]
 
     def draw(self, x: Inputs) -> Draws:
         """One joint draw of all latent sites for a batch: the guide's, and those of the model alone."""
@@ -252,7 +279,7 @@ def _values(trace: Trace, plates: bool = False) -> Draws:
     """The latent values of a trace, with the rows that its plates chose if asked for."""
     nodes: dict[str, Any] = dict(trace.nodes)
     rows = {n: s for n, s in nodes.items() if plates and s["type"] == "sample" and is_subsample(s)}
-    return {name: detach_provenance(site["value"]) for name, site in {**random_sites(trace), **rows}.items()}
+    return {name: site["value"] for name, site in {**random_sites(trace), **rows}.items()}
 
 
 def _any_labels(x: Inputs) -> Labels:

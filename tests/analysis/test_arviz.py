@@ -378,6 +378,13 @@ def test_k_hat_of_a_guide_whose_posterior_is_the_prior(scale, expected):
         assert np.mean(found) == pytest.approx(expected, abs=0.15)
 
 
+def test_leaving_one_out_wants_our_container():
+    report = report_of([np.ones((1, 20), bool), np.ones((1, 20), bool)])
+    for tree in (to_arviz(report), arviz.from_dict({"log_likelihood": {"y": np.zeros((1, 5, 3))}})):
+        with pytest.raises(ValueError, match=r"expected a container that to_arviz\(defense, \(x, y\)\) made"):
+            analysis.loo(tree)
+
+
 def test_k_hat_refuses_noise():
     with pytest.raises(ValueError, match="random weights with a prior and nothing else"):
         analysis.guide_k_hat(pd.defenses.rse(tiny_net()), tiny_batch())

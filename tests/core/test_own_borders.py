@@ -130,6 +130,18 @@ def test_a_model_that_observes_nothing_is_refused():
         of(Silent()).step(*batch())
 
 
+def test_a_site_to_be_enumerated_is_refused_by_name():
+    class Switched(Model):
+        def forward(self, x, y=None):
+            on = pyro.sample("on", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            return super().forward(on * x, y)
+
+    model = Switched()
+    defense = pd.Defense(model, AutoNormal(poutine.block(model, hide=["y", "on"])), example=batch(2)[0])
+    with pytest.raises(ValueError, match="site 'on' of the model is marked for enumeration"):
+        defense.step(*batch())
+
+
 # Plates
 
 

@@ -24,6 +24,7 @@ from probdefense.core.sites import Site, noise_sites
 from probdefense.core.smoothing import input_noise
 from probdefense.core.vectorized import Vectorized
 from probdefense.logits.adapters import Decided, Samples, Static
+from probdefense.nn.passes import averaging
 from probdefense.types import Draws, Inputs, Labels, Logits, LogitsFn, Rule, Step
 from probdefense.validation import check_count, check_labels, check_member
 
@@ -66,6 +67,7 @@ class Defense(nn.Module):
         self._step_hooks: OrderedDict[int, Callable[[Step, Labels], None]] = OrderedDict()
         self._num_data: int | None = None
         self._example = None if example is None else example[:1].detach().clone()
+        self._averaging = averaging(self)
         if isinstance(self._engine, Replayed):
             self._engine.prepare(example)
 
@@ -133,7 +135,7 @@ class Defense(nn.Module):
         x: Inputs,
         num_samples: int | None = None,
         *,
-        chunk_size: int | None = None,
+        max_batch: int | None = None,
         backend: str = "auto",
     ) -> Logits:
         """Logits of fresh draws, differentiable in `x` and in the parameters, never averaged.
@@ -141,7 +143,7 @@ class Defense(nn.Module):
         Args:
             x: ``(batch, *event)``.
             num_samples: Draws, 1 by default.
-            chunk_size: Images per forward pass; chosen by measurement when None.
+            max_batch: Images per forward pass; chosen by measurement when None.
             backend: ``"auto"``, ``"loop"``, ``"vmap"`` or ``"fold"``.
 
         Returns:
@@ -149,10 +151,33 @@ class Defense(nn.Module):
         """
         num_samples = 1 if num_samples is None or not self.stochastic else num_samples
         check_count("num_samples", num_samples)
-        if chunk_size is not None:
-            check_count("chunk_size", chunk_size)
+        if max_batch is not None:
+            check_count("max_batch", max_batch)
         check_member("backend", backend, BACKENDS)
-        return self._engine.logits(x, num_samples, chunk_size, backend)
+        if self.training and not torch.is_grad_enabled() and averaging(self) - self._averaging:
+            self.move_statistics(x)  # torch's update_bn is at work: nothing else makes layers average
+        return self._engine.logits(x, num_samples, max_batch, backend)
+
+    def drawn(
+        self, x: Inputs, num_samples: int | None = None, *, seed: int, max_batch: int | None = None
+    ) -> Logits:
+        """As the call, with draws that belong to `seed`, and memory for one pass: what an attack is given.
+
+        Differentiable in `x` only. Passes that would not fit into memory together are run again in the
+        backward pass.
+
+        Args:
+            x: ``(batch, *event)``.
+            num_samples: Draws, 1 by default.
+            seed: Of the draws.
+            max_batch: Images (rows times draws) per pass; it changes no draw.
+
+        Returns:
+            ``(samples, batch, classes)``.
+        """
+        num_samples = 1 if num_samples is None or not self.stochastic else num_samples
+        check_count("num_samples", num_samples)
+        return self._engine.logits(x, num_samples, max_batch, "auto", seed)
 
     def samples(self, num_samples: int) -> Samples:
         """The same function with a fixed number of draws per call."""

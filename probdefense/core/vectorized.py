@@ -5,20 +5,23 @@ The value of a global site carries a leading draw axis ``(draws, D)``; that of a
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils.checkpoint import checkpoint
 
 from probdefense.core.families import divergence
 from probdefense.core.programs import Guide, Model, block
 from probdefense.core.sites import MemberSite
+from probdefense.core.streams import Fresh, Keys, Stream
 from probdefense.nn.passes import held_still
 from probdefense.nn.placeholder import placeholders
 from probdefense.ops import log_mean_exp
-from probdefense.rng import derive, forked, hash_keys, reseed
+from probdefense.rng import derive, forked
 from probdefense.types import Draws, Inputs, Labels, Step
 from probdefense.validation import check_classes
 
@@ -28,9 +31,9 @@ ROWS = 128
 VMAP_ROWS = 4
 """Up to this batch size the overhead of one call per weight draw exceeds its arithmetic."""
 
-KEYED_ELEMENTS = 2**25
-"""How many noise elements a keyed draw may hold at once."""
 
+GRAPH_BYTES = 2**28
+"""What the graphs of a call may take before its passes are run again in the backward pass."""
 
 UNBATCHED = (nn.RNNBase, nn.MultiheadAttention)
 """Layers without a rule for vmap: their weights are taken one draw at a time."""
@@ -47,23 +50,82 @@ class Vectorized:
         """Whether anything is random."""
         return bool(self.model.sites)
 
-    def logits(self, x: Inputs, num_samples: int, chunk_size: int | None, backend: str) -> Tensor:
-        """Logits of fresh draws, ``(samples, batch, classes)``."""
-        rows = chunk_size or ROWS
-        if not self.stochastic and len(x) <= rows:
+    def logits(
+        self, x: Inputs, num_samples: int, max_batch: int | None, backend: str, seed: int | None = None
+    ) -> Tensor:
+        """Logits of fresh draws, ``(samples, batch, classes)``; with `seed` of draws that belong to it."""
+        if not self.stochastic and len(x) <= (max_batch or ROWS):
             return self.at(x, {})
-        size = self._draws_at_once(len(x), rows, backend)
-        members = {site.name: site.draw((num_samples, site.size)) for site in self._branching}
+        stream: Stream = Fresh(self.model, num_samples)
+        if seed is not None:
+            stream = Keys(self.model, seed, num_samples, torch.arange(len(x), device=x.device))
+        return self.answers(x, stream, num_samples, max_batch, backend)
+
+    def answers(
+        self,
+        x: Inputs,
+        stream: Stream,
+        num_samples: int,
+        max_batch: int | None = None,
+        backend: str = "auto",
+        state: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The passes of one call, of at most `max_batch` images.
+
+        Where the graph of all of them would not fit, each is run again in the backward pass instead of being
+        remembered, if its values can be had again.
+        """
+        size = self._draws_at_once(len(x), max_batch or ROWS, backend)
+        frugal = stream.repeats and self._too_large(x, num_samples, max_batch)
         parts = []
-        for start in range(0, num_samples, size):
-            count = min(size, num_samples - start)
-            chosen = {name: value[start : start + count] for name, value in members.items()}
-            weights = self._draw_global(count) | chosen
-            blocks = [
-                self._run(part, weights, self._draw_local(part, (count, len(part)))) for part in x.split(rows)
-            ]
+        for draws in _ranges(num_samples, size):
+            shared = None if frugal else stream.weights(draws)
+            blocks = []
+            for rows in _ranges(len(x), max_batch or ROWS):
+                one = partial(self._pass, stream, draws, rows, shared, state)
+                piece = x[rows.start : rows.stop]
+                blocks.append(_run_again_in_backward(one, piece) if frugal else one(piece))
             parts.append(torch.cat(blocks, dim=1))
         return torch.cat(parts)
+
+    def _pass(
+        self,
+        stream: Stream,
+        draws: range,
+        rows: range,
+        shared: Draws | None,
+        state: dict[str, Tensor] | None,
+        x: Inputs,
+    ) -> Tensor:
+        """One forward pass, ``(draws, rows, classes)``."""
+        weights = stream.weights(draws) if shared is None else shared
+        return self._run(x, weights, stream.noise(x, draws, rows), state)
+
+    def _too_large(self, x: Inputs, num_samples: int, max_batch: int | None) -> bool:
+        """Whether the graph of a call should not be held at once."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return False
+        limit = max_batch or max(1, GRAPH_BYTES // self._graph_bytes(x))
+        return len(x) * num_samples > limit
+
+    def _graph_bytes(self, x: Inputs) -> int:
+        """What one image of this shape leaves in memory for its backward pass."""
+        key = tuple(x.shape[1:])
+        if key not in self.model.graph_bytes:
+            kept: dict[int, int] = {}
+            owned = {tensor.data_ptr() for tensor in self.model.parameters()}
+
+            def note(tensor: Tensor) -> Tensor:
+                if tensor.data_ptr() not in owned:
+                    kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+                return tensor
+
+            image = x[:1].detach().requires_grad_()
+            stream = Keys(self.model, 0, 1, torch.zeros(1, dtype=torch.int64, device=x.device))
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                self._pass(stream, range(1), range(1), None, None, image)
+            self.model.graph_bytes[key] = max(1, sum(kept.values()))
+        return self.model.graph_bytes[key]
 
     def freeze(self, num_samples: int, seed: int, ids: Tensor | None = None) -> "Frozen":
         """`num_samples` functions: weights drawn now, noise whenever a new event shape comes."""
@@ -150,12 +212,18 @@ class Vectorized:
         stacked = next(iter({**weights, **noise}.values()), None)
         count = 1 if stacked is None else len(stacked)
         if weights and count > 1:
+            values = {**weights, **noise}
 
             def one(values: Draws) -> Tensor:
                 return self.model.logits(x, values, state=state)
 
-            with self.model.turn, held_still(self.model.net):
-                return vmap(one)({**weights, **noise})
+            try:
+                with self.model.turn, held_still(self.model.net):
+                    return vmap(one)(values)
+            except RuntimeError as error:  # an operation of the network that vmap cannot take
+                if "vmap" not in str(error) and "atching rule" not in str(error):
+                    raise
+            return torch.stack([one({n: value[k] for n, value in values.items()}) for k in range(count)])
         rows = {
             name: value.expand(count, len(x), *value.shape[2:]).flatten(0, 1) if count > 1 else value[0]
             for name, value in noise.items()
@@ -175,67 +243,56 @@ class Frozen:
 
     engine: Vectorized
     num_samples: int
-    weights: Draws
+    drawn: Draws
     seed: int
     ids: Tensor | None
     state: dict[str, Tensor]
-    noise: dict[tuple[int, ...], Draws] = field(default_factory=dict)
+    max_batch: int | None = None
+    kept: dict[tuple[int, ...], Draws] = field(default_factory=dict)
 
     stochastic = False
+
+    @property
+    def repeats(self) -> bool:
+        """The values are fixed."""
+        return True
 
     def __call__(self, x: Inputs, num_samples: int | None = None) -> Tensor:
         """Logits of every member, ``(num_samples, batch, classes)``; the count is fixed."""
         if self.ids is not None and len(x) != len(self.ids):
             raise ValueError(f"expected the {len(self.ids)} examples of the given ids, got {len(x)}")
-        return torch.cat([self._part(x[rows], rows) for rows in self._row_chunks(x)], dim=1)
+        return self.engine.answers(x, self, self.num_samples, self.max_batch, state=self.state)
 
     def freeze(self, num_samples: int | None = None) -> "Frozen":
         """Itself: it is frozen already."""
         return self
 
-    def _part(self, x: Inputs, rows: slice) -> Tensor:
-        noise = self._shared(x) if self.ids is None else self._keyed(x, self.ids[rows])
-        size = self.engine._draws_at_once(len(x), ROWS, "auto")
-        parts, start = [], 0
-        for count in _chunks(self.num_samples, size):
-            piece = slice(start, start + count)
-            weights = {name: value[piece] for name, value in self.weights.items()}
-            eps = {name: value[piece] for name, value in noise.items()}
-            parts.append(self.engine._run(x, weights, eps, self.state))
-            start += count
-        return torch.cat(parts)
+    def weights(self, draws: range) -> Draws:
+        """The values that were drawn when it was frozen."""
+        return {name: value[draws.start : draws.stop] for name, value in self.drawn.items()}
 
-    def _row_chunks(self, x: Inputs) -> Iterator[slice]:
-        size = ROWS
+    def noise(self, x: Inputs, draws: range, rows: range) -> Draws:
+        """Noise shared by the rows, or that of their ids."""
         if self.ids is not None:
-            elements = sum(use.shape.numel() for use in self.engine.model.uses(x)) or 1
-            size = max(1, min(ROWS, KEYED_ELEMENTS // (elements * self.num_samples)))
-        for start in range(0, len(x), size):
-            yield slice(start, start + size)
-
-    def _shared(self, x: Inputs) -> Draws:
+            return Keys(self.engine.model, self.seed, self.num_samples, self.ids, True).noise(x, draws, rows)
         key = tuple(x.shape[1:])
-        if key not in self.noise:
+        if key not in self.kept:
             with torch.no_grad(), forked(derive(self.seed, "noise"), x.device):
-                self.noise[key] = self.engine._draw_local(x, (self.num_samples, 1))
-        return self.noise[key]
+                self.kept[key] = self.engine._draw_local(x, (self.num_samples, 1))
+        return {name: value[draws.start : draws.stop] for name, value in self.kept[key].items()}
 
-    def _keyed(self, x: Inputs, ids: Tensor) -> Draws:
-        columns = []
-        with torch.no_grad(), forked(0, x.device):
-            for key in hash_keys(self.seed, ids).tolist():
-                reseed(key, x.device)
-                columns.append(self.engine._draw_local(x, (self.num_samples, 1)))
-        return {name: torch.cat([c[name] for c in columns], dim=1) for name in columns[0]}
+
+def _run_again_in_backward(one: Callable[[Inputs], Tensor], x: Inputs) -> Tensor:
+    return checkpoint(one, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def _has(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return any(isinstance(module, kinds) for module in net.modules())
 
 
-def _chunks(total: int, size: int) -> Iterator[int]:
+def _ranges(total: int, size: int) -> Iterator[range]:
     for start in range(0, total, size):
-        yield min(size, total - start)
+        yield range(start, min(total, start + size))
 
 
 def _device(*modules: nn.Module) -> torch.device:

@@ -101,7 +101,8 @@ def run_on_zeros(net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = NONE) 
 
 
 MISFIT = re.compile(
-    r"shape|channels|Expected size|Expected \dD|must match|should be the same|should contain|same dtype|scalar type"
+    r"shape|channels|Expected size|must match|should be the same|should contain|same dtype"
+    r"|scalar type|[Ee]xpected \dD|Expected \d+, got|expecting embedding dimension"
 )
 """What torch says where an input does not fit a layer."""
 
@@ -115,7 +116,7 @@ def explained(x: Inputs) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         if not MISFIT.search(str(error)):
             raise
         came = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,3 +21,24 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def together(folder: Path) -> Iterator[Path]:
+    """A place for several files; moved into `folder` when the block has ended, all removed when it failed."""
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as place:
+        yield Path(place)
+        for path in sorted(Path(place).iterdir()):
+            path.replace(folder / path.name)
+
+
+def reserve(folder: Path, size: int) -> None:
+    """Writes so many bytes into a folder, made if needed, and takes them away again: quotas answer too.
+
+    Raises:
+        OSError: there is no room, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(size))
+        file.flush()

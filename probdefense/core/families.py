@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints, kl_divergence, register_kl
 from torch.distributions.utils import broadcast_all
 
+from probdefense.rng import forked
+
 
 class MultiplicativeLogNormal(dist.TorchDistribution):
     r"""A value times log-normal noise of mean 1, $\theta = \mu\, e^{\sigma \varepsilon - \sigma^2 / 2}$.
@@ -152,6 +154,26 @@ class Spread(nn.Module):
         """The distribution of one element, batch shape that of the scale."""
         scale = self.floor + self.log_scale.exp()
         return self.kind(torch.zeros_like(scale), scale, validate_args=False)
+
+
+def drawn(distribution: Any, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """A draw of a shape that ends in that of the distribution, from torch's global state or a generator.
+
+    Families that take no generator are drawn from the global state, seeded by the generator for a moment.
+    """
+    kind = type(distribution)
+    if generator is not None and kind is dist.Normal:
+        like = distribution.loc
+        eps = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+        return torch.addcmul(like, distribution.scale, eps)
+    if generator is not None and kind is dist.Bernoulli:
+        return torch.bernoulli(distribution.probs.expand(shape), generator=generator)
+    seed = None
+    if generator is not None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    expanded = distribution.expand(shape)
+    with forked(seed, None if generator is None else generator.device):
+        return expanded.rsample() if expanded.has_rsample else expanded.sample()
 
 
 def divergence(q: Distribution, p: Distribution, value: Tensor, name: str) -> Tensor:

@@ -64,6 +64,7 @@ class Model(nn.Module):
         self.sites = dict(unique_names(sites))
         self.priors = nn.ModuleDict({_key(s): s.prior for s in sites if s.prior is not None})
         self._uses: dict[tuple[int, ...], list[Use]] = {}
+        self.graph_bytes: dict[tuple[int, ...], int] = {}  # of one image, by shape
 
     @property
     def global_sites(self) -> list[Site]:

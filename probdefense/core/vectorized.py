@@ -56,10 +56,10 @@ class Vectorized:
         """Logits of fresh draws, ``(samples, batch, classes)``; with `seed` of draws that belong to it."""
         if not self.stochastic and len(x) <= (max_batch or ROWS):
             return self.at(x, {})
-        stream: Stream = Fresh(self.model, num_samples)
-        if seed is not None:
-            stream = Keys(self.model, seed, num_samples, torch.arange(len(x), device=x.device))
-        return self.answers(x, stream, num_samples, max_batch, backend)
+        if seed is None:
+            return self.answers(x, Fresh(self.model, num_samples), num_samples, max_batch, backend)
+        keys = Keys(self.model, seed, num_samples, torch.arange(len(x), device=x.device))
+        return self.answers(x, keys, num_samples, max_batch, backend)
 
     def answers(
         self,

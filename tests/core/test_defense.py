@@ -338,7 +338,7 @@ def test_parameter_groups_spare_the_guide_and_the_noise():
     ("call", "message"),
     [
         (lambda d, x, y: d(x, 0), "expected num_samples >= 1, got 0"),
-        (lambda d, x, y: d(x, 2, chunk_size=0), "expected chunk_size >= 1"),
+        (lambda d, x, y: d(x, 2, max_batch=0), "expected max_batch >= 1"),
         (lambda d, x, y: d(x, 2, backend="jit"), "unknown backend 'jit'; known: auto, fold, loop, vmap"),
         (lambda d, x, y: d.freeze(0), "expected num_samples >= 1"),
         (lambda d, x, y: d(x[:, :, :3]), "expected inputs that fit the network, got"),

@@ -17,9 +17,9 @@ class MemberSite(Site):
     path: str = ""
     count: int = 1
 
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Rounds through all members in random order: a multiple of `count` has each equally often."""
-        rounds = [torch.randperm(self.count) for _ in range(0, shape[0], self.count)]
+        rounds = [torch.randperm(self.count, generator=generator) for _ in range(0, shape[0], self.count)]
         return torch.cat(rounds)[: shape[0]].view(shape)
 
     def center(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from probdefense.core.families import Fixed
+from probdefense.core.families import Fixed, drawn
 
 EMPTY: Mapping[str, Tensor] = {}
 
@@ -47,13 +47,12 @@ class Site:
         assert module is not None, f"site {self.name} has neither prior nor posterior"
         return module()
 
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Elements of the posterior, of a shape that ends in that of its distribution."""
         if self.posterior is None and isinstance(self.prior, Fixed) and self.prior.standard_normal:
             like = self.prior.get_buffer("loc")  # the numbers of rsample(), without its two extra passes
-            return torch.randn(shape, dtype=like.dtype, device=like.device)
-        distribution = self.distribution("posterior").expand(shape)
-        return distribution.rsample() if distribution.has_rsample else distribution.sample()
+            return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+        return drawn(self.distribution("posterior"), shape, generator)
 
     def center(self) -> Tensor:
         """The value of a global site in the static base: the mean of the posterior."""

@@ -152,14 +152,14 @@ def _log_probs(frozen: LogitsFn, x: Inputs) -> Tensor:
 
 def _global_draws(defense: Defense, frozen: Any, x: Inputs) -> dict[str, Tensor]:
     """Values of all weights that are random, by name, ``(draws, ...)``."""
-    if not hasattr(frozen, "weights"):
+    if isinstance(frozen, FrozenReplay):
         members = frozen.values(x)
         names = [name for name, (_, axis) in members[0].items() if axis is None]
         return {name: torch.stack([member[name][0].cpu() for member in members]) for name in names}
     draws: dict[str, Tensor] = {}
     sites = [site for site in defense.sites.values() if isinstance(site, WeightSite)]
     for site in sorted(sites, key=lambda site: site.perturbs):
-        flat = frozen.weights[site.name]
+        flat = frozen.drawn[site.name]
         filled = [
             site.fill(value, defense.net, {n: v[i] for n, v in draws.items()}) for i, value in enumerate(flat)
         ]

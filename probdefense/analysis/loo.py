@@ -63,9 +63,9 @@ def loo(tree: Any) -> Loo:
         >>> loo(tree).num_dropped
         0
     """
-    group = tree["log_likelihood"] if "log_likelihood" in tree else None
-    if group is None or "weights_are_random" not in group.attrs:
+    if "log_likelihood" not in tree or "weights_are_random" not in tree["log_likelihood"].attrs:
         raise ValueError("expected a container that to_arviz(defense, (x, y)) made, with its log-likelihood")
+    group = tree["log_likelihood"]
     log_lik = np.asarray(group["y"], dtype=np.float64)
     draws = log_lik.reshape(-1, log_lik.shape[-1])
     count, examples = draws.shape
@@ -124,7 +124,7 @@ def guide_k_hat(
         log_probs = frozen(x).double().log_softmax(-1)
         ratio = log_probs.gather(-1, y.expand(log_probs.shape[:-1]).unsqueeze(-1)).sum((1, 2))
         for site in sites:
-            value = frozen.weights[site.name]
+            value = frozen.drawn[site.name]
             for side, sign in (("prior", 1.0), ("posterior", -1.0)):
                 density = site.distribution(side).expand((site.size,)).log_prob(value)
                 ratio += sign * density.double().sum(-1)

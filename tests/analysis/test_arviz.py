@@ -380,7 +380,7 @@ def test_k_hat_of_a_guide_whose_posterior_is_the_prior(scale, expected):
 
 def test_leaving_one_out_wants_our_container():
     report = report_of([np.ones((1, 20), bool), np.ones((1, 20), bool)])
-    for tree in (to_arviz(report), arviz.from_dict({"log_likelihood": {"y": np.zeros((1, 5, 3))}})):
+    for tree in (to_arviz(report), to_arviz(pd.predict(linear_defense(), flat_batch()[0], 5))):
         with pytest.raises(ValueError, match=r"expected a container that to_arviz\(defense, \(x, y\)\) made"):
             analysis.loo(tree)
 

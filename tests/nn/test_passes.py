@@ -145,6 +145,14 @@ def test_modules_made_by_torchvision_stand_still():
             assert torch.equal(net(x), x)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_modules_stand_still():
+    net, x = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))).train(), torch.rand(9, 4)
+    with held_still(net):
+        assert torch.equal(net(x), net(x))
+    assert net.training and not torch.equal(net(x), net(x))
+
+
 def test_the_fast_path_of_attention_stays_off_and_the_switch_of_torch_is_not_touched():
     """In eval() without gradients torch runs the layer as one kernel, which calls no module inside."""
     encoder, x = nn.Sequential(Encoder()).eval(), torch.rand(2, 4)

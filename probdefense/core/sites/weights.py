@@ -190,5 +190,5 @@ def _collect(layer: nn.Module, _: Any) -> None:
 
 def _let_go(layer: nn.Module, *_: Any) -> None:
     """The list would keep the last draw and its graph alive, and could not be copied."""
-    layer._flat_weights = [None] * len(layer._flat_weights)  # type: ignore[arg-type]
-    layer._flat_weight_refs = layer._flat_weights
+    empty: Any = [None] * len(layer._flat_weights)  # type: ignore[arg-type]
+    layer._flat_weights, layer._flat_weight_refs = empty, empty

@@ -1,11 +1,13 @@
 """The ``probdefense`` command: a thin face over the library.
 
-Exit codes: 0 done, 2 bad request (one sentence on stderr, nothing written), 130 interrupted.
+Exit codes: 0 done; 2 a request that cannot be done or a place that cannot be written (one sentence on
+stderr, and no file changed); 130 interrupted.
 """
 
 import json
+import os
 import sys
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+REFUSED, INTERRUPTED = 2, 130
+"""Exit codes."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -31,7 +36,7 @@ def compare(
     ] = "clean,fgsm,pgd,eot_pgd",
     data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or stl10.")] = "digits",
     eps: Annotated[
-        float | None, typer.Option(help="l-inf radius in pixels [0, 1]; the data set's usual one if absent.")
+        float | None, typer.Option(help="l-inf radius in pixels, (0, 1]; the data set's usual one if absent.")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Draws behind every verdict.")] = 50,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.")] = None,
@@ -49,6 +54,7 @@ def compare(
 
     Writes report.json, timing.json, arrays.npz, robustness.png, report.html and posterior.nc.
     """
+    from probdefense.files import reserve
     from probdefense.study import console, job
 
     try:
@@ -57,17 +63,24 @@ def compare(
                 _names(defenses), _names(attacks), data, eps, num_samples, epochs, seed, quick, data_root
             )
         )
-        _check_writable(out)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
+    try:
+        reserve(out, job.ROOM)
+    except OSError as error:
+        raise _unwritable(out, error) from error
     if request.quick and request.data == "digits":
         job.use_one_thread()
-    result = job.run(request, split, say=lambda line: print(line, file=sys.stderr))
-    written = job.write(result, out)
+    result = job.run(request, split, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if not as_json:
+        console.show(result)  # before the files, so that a full disk does not cost the result
+    try:
+        written = job.write(result, out)
+    except OSError as error:
+        raise _unwritable(out, error) from error
     if as_json:
         print((out / "report.json").read_text(), end="")
         return
-    console.show(result)
     print("\n".join(f"wrote {out / name}" for name in written))
     if "posterior.nc" not in written:
         print("no posterior.nc: none of these defenses is random")
@@ -98,30 +111,38 @@ def version() -> None:
 def main() -> None:
     """Runs the command; a bad request becomes one sentence on stderr and exit code 2."""
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        code = app(standalone_mode=False)  # which returns the code of an interruption
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except OSError as error:
+        with suppress(OSError):  # what is left to print has no place either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end(f"reading or writing failed: {error}; check where the output goes", REFUSED)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        print("probdefense:", " ".join(error.format_message().split()), file=sys.stderr)
-        sys.exit(2)
+        _end(error.format_message(), REFUSED)
+    if code == INTERRUPTED:
+        _end("interrupted", INTERRUPTED)
+    if code:
+        sys.exit(code)
+
+
+def _end(sentence: str, code: int) -> None:
+    if sentence:  # typer has printed the help of an empty request
+        print("probdefense:", " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(code)
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be written, before any work.
-
-    Raises:
-        ValueError: it is a file, or it cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"cannot write to --out {folder} ({reason}); choose another folder") from error
+def _unwritable(folder: Path, error: OSError) -> typer.BadParameter:
+    """The refusal of a folder: it is a file, read-only, or full."""
+    reason = error.strerror or str(error)
+    return typer.BadParameter(
+        f"cannot write to --out {folder} ({reason}); nothing there was changed: make room there, or choose "
+        "another folder"
+    )

@@ -24,13 +24,13 @@ from probdefense.evaluation.comparison import Comparison, compare_all
 from probdefense.evaluation.examples import gather
 from probdefense.evaluation.protocol import evaluate
 from probdefense.evaluation.report import Report, Row
-from probdefense.files import whole
+from probdefense.files import reserve, together
 from probdefense.prediction.drawing import is_adaptive
 from probdefense.rng import derive
 from probdefense.study.opponents import Opponent, attack_names, named_attack
 from probdefense.study.recipes import RECIPES, Workshop
 from probdefense.types import Attack, Inputs, Labels
-from probdefense.validation import check_count, check_eps, check_member
+from probdefense.validation import check_count, check_member
 
 FULL = {"epochs": 28, "gradients": 128, "images": 1000, "checked": 100, "check_gradients": 32, "votes": 500}
 QUICK = {"epochs": 4, "gradients": 32, "images": 100, "checked": 100, "check_gradients": 24, "votes": 100}
@@ -49,6 +49,12 @@ ARVIZ_IMAGES = 100
 
 GRID_IMAGES = 6
 """Images that the report shows."""
+
+FILES = ("report.json", "timing.json", "arrays.npz", "robustness.png", "report.html", "posterior.nc")
+"""What a run writes; the last of them if a defense is random."""
+
+ROOM = 2**25
+"""Bytes that must be free: the files are a few million, and HDF5 dies on a full disk."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +115,32 @@ def prepare(request: Request) -> tuple[Request, Split]:
         ValueError: an unknown name or a number out of range.
         FileNotFoundError: data that are not there.
     """
-    names, wanted = request.defenses, request.attacks
-    if names == ("all",):
-        names, wanted = tuple(RECIPES), tuple(dict.fromkeys((*wanted, ADAPTIVE)))
-    if not names:
+    wanted = request.attacks
+    if not request.defenses:
         raise ValueError(f"expected at least one defense; known: {', '.join(RECIPES)}, all")
-    for name in names:
+    for name in request.defenses:
         check_member("defense", name, [*RECIPES, "all"])
+    if "all" in request.defenses:
+        wanted = tuple(dict.fromkeys((*wanted, ADAPTIVE)))
+    each = [name for asked in request.defenses for name in (RECIPES if asked == "all" else [asked])]
+    names = tuple(dict.fromkeys(each))
     for name in request.attacks:
         check_member("attack", name, ["clean", ADAPTIVE, *attack_names()])
     check_member("data set", request.data, datasets.SOURCES)
-    check_eps(request.radius)
-    check_count("num_samples", request.num_samples)
-    check_count("seed", request.seed, least=0)
+    _check_radius(request.radius)
+    check_count("--num-samples", request.num_samples)
+    check_count("--seed", request.seed, least=0)
     if request.epochs is not None:
-        check_count("epochs", request.epochs)
+        check_count("--epochs", request.epochs)
     return replace(request, defenses=names, attacks=wanted), datasets.load(request.data, request.data_root)
+
+
+def _check_radius(eps: Any) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps <= 1:
+        raise ValueError(
+            f"expected --eps in (0, 1], the l-inf radius in pixels, got {eps}; 8 of 255 gray levels are "
+            "0.0314, and clean accuracy is always in the report"
+        )
 
 
 def run(request: Request, data: Split, say: Callable[[str], None] = lambda line: None) -> Result:
@@ -253,14 +269,27 @@ def _settings(request: Request, num_examples: int) -> dict[str, Any]:
 
 
 def write(result: Result, folder: Path) -> list[str]:
-    """Writes everything into `folder` and names the files; other files there stay."""
+    """Writes everything into `folder`, or nothing, and names the files; other files there stay.
+
+    Raises:
+        OSError: the folder cannot be written, or has no room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with together(folder) as place:
+        _write(result, place)
+        written = [name for name in FILES if (place / name).exists()]
+    for name in set(FILES) - {*written}:
+        (folder / name).unlink(missing_ok=True)
+    return written
+
+
+def _write(result: Result, folder: Path) -> None:
     from probdefense import analysis
 
     report = result.report
     report.save(folder)
     figure = analysis.accuracy_chart(report).figure
-    with whole(folder / "robustness.png") as place:
-        figure.savefig(place, format="png", dpi=150, bbox_inches="tight")
+    figure.savefig(folder / "robustness.png", format="png", dpi=150, bbox_inches="tight")
     analysis.write_html(
         report,
         folder,
@@ -269,17 +298,13 @@ def write(result: Result, folder: Path) -> list[str]:
         certificate={name: certified(result, name) for name in result.certificates},
         comparison=result.comparison,
     )
-    written = ["report.json", "timing.json", "arrays.npz", "robustness.png", "report.html"]
     random = [name for name, made in result.made.items() if isinstance(made, Defense) and made.stochastic]
-    if not random:
-        (folder / "posterior.nc").unlink(missing_ok=True)
-        return written
-    name = "adv_bnn" if "adv_bnn" in random else random[-1]
-    x, y = (part[:ARVIZ_IMAGES] for part in result.test)
-    tree = analysis.to_arviz(result.made[name], (x, y))
-    with whole(folder / "posterior.nc") as place:
-        tree.to_netcdf(str(place))
-    return [*written, "posterior.nc"]
+    if random:
+        name = "adv_bnn" if "adv_bnn" in random else random[-1]
+        x, y = (part[:ARVIZ_IMAGES] for part in result.test)
+        tree = analysis.to_arviz(result.made[name], (x, y))
+        reserve(folder, ROOM)
+        tree.to_netcdf(str(folder / "posterior.nc"))
 
 
 def certified(result: Result, name: str) -> list[Row]:

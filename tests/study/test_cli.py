@@ -1,12 +1,19 @@
 """The command as its user meets it: what it prints, what it refuses and how it ends."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import typer
 
+from probdefense import files
 from probdefense.study import cli, job
+from tests.worlds import import_torchvision
 
 SMALL = {"epochs": 1, "gradients": 16, "images": 12, "checked": 12, "check_gradients": 16, "votes": 20}
 
@@ -77,12 +84,21 @@ def test_version(monkeypatch, capsys):
         (["compare", "--defenses", "nun"], "unknown defense 'nun'"),
         (["compare", "--attacks", "pdg"], "unknown attack 'pdg'"),
         (["compare", "--data", "digitz"], "unknown data set"),
-        (["compare", "--eps", "-1"], "eps"),
-        (["compare", "--eps", "nan"], "eps"),
-        (["compare", "--num-samples", "0"], "num_samples"),
-        (["compare", "--num-samples", "many"], "integer"),
+        *(
+            (["compare", "--eps", eps], "expected --eps in (0, 1]")
+            for eps in ("0", "-1", "nan", "255", "1.01")
+        ),
+        (["compare", "--eps", "8/255"], "--eps"),
+        (["compare", "--num-samples", "0"], "--num-samples"),
+        (["compare", "--num-samples", "many"], "--num-samples"),
+        (["compare", "--epochs", "0"], "--epochs"),
+        (["compare", "--epochs", "-3"], "--epochs"),
+        (["compare", "--epochs", "1.5"], "--epochs"),
+        (["compare", "--seed", "-1"], "--seed"),
+        (["compare", "--seed", "x"], "--seed"),
+        (["compare", "--defenses", ""], "at least one defense"),
+        (["compare", "--defenses", "all,nun"], "unknown defense 'nun'"),
         (["compare", "--nonsense"], "nonsense"),
-        (["compare", "--data", "cifar10", "--data-root", "/nonexistent"], "cifar"),
         (["comprae"], "comprae"),
     ],
 )
@@ -94,6 +110,15 @@ def test_bad_requests_are_one_sentence_and_exit_2(arguments, match, monkeypatch,
     assert match in printed.err and printed.err.count("\n") == 1 and printed.err.startswith("probdefense:")
     assert printed.out == ""
     assert not out.exists()
+
+
+def test_data_that_are_not_there(monkeypatch, capsys, tmp_path):
+    import_torchvision()
+    options = ["--data", "cifar10", "--data-root", "/nonexistent", "--out", str(tmp_path / "out")]
+    assert run(monkeypatch, "compare", *options) == 2
+    printed = capsys.readouterr().err
+    assert "cifar10 is not in /nonexistent" in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -115,3 +140,71 @@ def test_running_on_digits_loads_neither_torchvision_nor_numpyro():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_no_work_begins_without_room_for_its_files(monkeypatch, capsys, tmp_path):
+    def full(folder, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "reserve", full)
+    monkeypatch.setattr(job, "run", None)
+    assert run(monkeypatch, "compare", "--out", str(tmp_path)) == 2
+    assert "(No space left on device)" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_during_the_work_costs_the_files_not_the_table(
+    small, monkeypatch, capsys, tmp_path
+):
+    def write(result, folder):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(job, "write", write)
+    options = ["--quick", "--defenses", "none", "--attacks", "fgsm", "--out", str(tmp_path)]
+    assert run(monkeypatch, "compare", *options) == 2
+    printed = capsys.readouterr()
+    assert "accuracy in %" in printed.out and "wrote" not in printed.out
+    assert printed.err.splitlines()[-1] == (
+        f"probdefense: Invalid value: cannot write to --out {tmp_path} (Read-only file system); nothing there "
+        "was changed: make room there, or choose another folder"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from probdefense.study.cli import main; main()"
+)
+
+
+def test_an_interruption_in_the_middle_of_training_ends_with_130(tmp_path):
+    options = ["--quick", "--epochs", "100000", "--defenses", "none", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", COMMAND, "compare", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline().startswith("[1/1] none")
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "probdefense: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, typer.Abort])
+def test_an_interruption_is_one_word_and_130(error, monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(job, "run", interrupted)
+    assert run(monkeypatch, "compare", "--out", str(tmp_path)) == 130
+    assert capsys.readouterr().err == "probdefense: interrupted\n"
+
+
+def test_output_that_cannot_be_printed_is_one_sentence():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    with open("/dev/full", "w") as full:
+        answer = subprocess.run([sys.executable, "-c", COMMAND, "list"], stdout=full, stderr=-1, text=True)
+    assert answer.returncode == 2
+    assert answer.stderr == (
+        "probdefense: reading or writing failed: [Errno 28] No space left on device; check where the output "
+        "goes\n"
+    )

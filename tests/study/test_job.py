@@ -1,6 +1,9 @@
 """The command's engine: recipes train what they say, requests are refused before any work."""
 
 import json
+import math
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +15,17 @@ from probdefense.study import job, opponents
 from probdefense.study.job import Request
 from probdefense.study.recipes import RECIPES, Workshop
 from tests.worlds import tiny_net
+
+
+@contextmanager
+def limited(size):
+    """No file may grow beyond this size: what a write to a full disk raises, from the system itself."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +127,25 @@ def test_files_are_written_whole_and_others_stay(result, tmp_path):
     )
 
 
+def test_a_disk_that_fills_up_changes_nothing(result, tmp_path, monkeypatch):
+    job.write(result, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for limit in (1000, 20_000, 60_000):
+        with limited(limit), pytest.raises(OSError, match="File too large"):
+            job.write(result, tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with limited(60_000), pytest.raises(OSError):
+        job.write(result, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_what_cannot_be_moved_into_place_leaves_nothing_behind(result, tmp_path):
+    (tmp_path / "arrays.npz").mkdir()
+    with pytest.raises(OSError):
+        job.write(result, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["arrays.npz"]
+
+
 def test_without_randomness_an_old_posterior_goes(result, little, tmp_path):
     (tmp_path / "posterior.nc").write_text("of another run")
     plain = job.Result(result.report, {"none": result.made["none"]}, result.test, None, {}, {}, {})
@@ -153,6 +186,11 @@ def test_all_means_every_recipe_and_its_own_attack():
     request, _ = job.prepare(Request(("all",), ("clean", "pgd")))
     assert request.defenses == tuple(RECIPES)
     assert request.attacks == ("clean", "pgd", "adaptive")
+    for asked in (("all", "none"), ("rse", "all", "none"), ("all", "all")):
+        request, _ = job.prepare(Request(asked, ("clean",)))
+        assert sorted(request.defenses) == sorted(RECIPES) and request.attacks == ("clean", "adaptive")
+    assert request.defenses == tuple(RECIPES)
+    assert job.prepare(Request(("rse", "none", "rse"), ("clean",)))[0].defenses == ("rse", "none")
 
 
 @pytest.mark.parametrize(
@@ -162,10 +200,10 @@ def test_all_means_every_recipe_and_its_own_attack():
         ({"defenses": ()}, "at least one defense"),
         ({"attacks": ("pdg",)}, "unknown attack 'pdg'"),
         ({"data": "digitz"}, "unknown data set 'digitz'"),
-        ({"eps": -0.1}, "eps"),
-        ({"num_samples": 0}, "num_samples"),
-        ({"epochs": 0}, "epochs"),
-        ({"seed": -1}, "seed"),
+        *(({"eps": eps}, "expected --eps in") for eps in (-0.1, 0, 0.0, 1.0001, 255, math.nan, math.inf)),
+        ({"num_samples": 0}, "expected --num-samples >= 1"),
+        ({"epochs": 0}, "expected --epochs >= 1"),
+        ({"seed": -1}, "expected --seed >= 0"),
     ],
 )
 def test_bad_requests_are_refused(changes, match):

@@ -107,9 +107,10 @@ def evaluate(
     threat = Threat(norm, tuple(radii_of(eps)))
     _check_settings(threat, rules, num_samples, seed, estimand, draw_chunk)
     runs = _all_runs(name, attacks, threat)
-    if is_adaptive(logits_fn):
+    at_once = chunk_size
+    if is_adaptive(logits_fn):  # a stream of its own, so the setting that reports share says nothing
         data = gather(data)
-        chunk_size = max(1, len(data[0]))
+        at_once = max(1, len(data[0]))
     judge = Judge(logits_fn, tuple(rules), num_samples, seed, selects=len(attacks) > 1)
     book = Book({}, None if journal is None else Journal(journal))
     asked: dict[str, Any] = {
@@ -123,7 +124,7 @@ def evaluate(
         book.journal.open({**asked, "rules": [rule_name(rule) for rule in rules]}, logits_fn, attacks)
     labels: list[np.ndarray] = []
     about: dict[str, Any] = {}
-    for chunk in track(chunks(data, chunk_size), f"evaluate {name}", num_chunks(data, chunk_size)):
+    for chunk in track(chunks(data, at_once), f"evaluate {name}", num_chunks(data, at_once)):
         about = about or _about(chunk)
         labels.append(chunk.y.cpu().numpy())
         _see_chunk(book, judge, chunk, runs, threat, draw_chunk)

@@ -62,6 +62,7 @@ class Model(nn.Module):
         super().__init__()
         self.net, self.num_data, self.turn = net, num_data, Turn()
         self.sites = dict(unique_names(sites))
+        self.holes = placeholders(net)
         self.priors = nn.ModuleDict({_key(s): s.prior for s in sites if s.prior is not None})
         self._uses: dict[tuple[int, ...], list[Use]] = {}
         self.graph_bytes: dict[tuple[int, ...], int] = {}  # of one image, by shape
@@ -76,7 +77,7 @@ class Model(nn.Module):
         key = tuple(x.shape[1:])
         if key not in self._uses:
             with GLOBAL, self.turn:  # in this order everywhere; a network without a meta pass runs seeded
-                self._uses[key] = self._find_uses(x) if placeholders(self.net) else []
+                self._uses[key] = self._find_uses(x) if self.holes else []
         return self._uses[key]
 
     def _find_uses(self, x: Inputs) -> list[Use]:
@@ -92,7 +93,7 @@ class Model(nn.Module):
         for path, use, shape in met:
             site = by_path[path]
             name = site.name if use == 0 else f"{site.name}.{use}"
-            buffer = placeholders(self.net)[path].buffer_name(use)
+            buffer = self.holes[path].buffer_name(use)
             uses.append(Use(name, site, shape, f"{path}.{buffer}"))
         return uses
 
@@ -113,7 +114,7 @@ class Model(nn.Module):
         """
         tensors = self.fill(x, values, state)
         with self.turn, held_still(self.net) if still else nullcontext(), explained(x):
-            for hole in placeholders(self.net).values():
+            for hole in self.holes.values():
                 hole.uses = 0
             logits = functional_call(self.net, tensors, (x,)) if tensors else self.net(x)
         check_output(logits, len(x))

@@ -19,7 +19,6 @@ from probdefense.core.programs import Guide, Model, block
 from probdefense.core.sites import MemberSite
 from probdefense.core.streams import Fresh, Keys, Stream
 from probdefense.nn.passes import held_still
-from probdefense.nn.placeholder import placeholders
 from probdefense.ops import log_mean_exp
 from probdefense.rng import derive, forked
 from probdefense.types import Draws, Inputs, Labels, Step
@@ -163,8 +162,9 @@ class Vectorized:
     def mean(self, x: Inputs) -> Tensor:
         """Logits at the posterior means with every local site neutral, ``(1, batch, classes)``."""
         values = {site.name: site.center() for site in self.model.global_sites}
-        holes = placeholders(self.model.net)
-        neutral = {use.name: holes[use.buffer.rpartition(".")[0]].value for use in self.model.uses(x)}
+        neutral = {
+            use.name: self.model.holes[use.buffer.rpartition(".")[0]].value for use in self.model.uses(x)
+        }
         return self.model.logits(x, values | neutral).unsqueeze(0)
 
     @property

@@ -121,8 +121,9 @@ def _write_module(module: nn.Module, say: Words, seen: list[int]) -> None:
     for path, layer in module.named_modules():
         kind = type(layer)
         say(f"{path} {kind.__module__}.{kind.__qualname__}")
+        passing = {"training", *getattr(layer, "runtime_attributes", ())}
         for name, value in sorted(vars(layer).items()):
-            if name[0] != "_" and name != "training" and isinstance(value, bool | int | float | str | tuple):
+            if name[0] != "_" and name not in passing and isinstance(value, bool | int | float | str | tuple):
                 _write([name, value], say, seen)
         if not kind.__module__.startswith(("torch.", "pyro.", "probdefense.")):
             _write(inspect.unwrap(kind.forward).__code__, say, seen)

@@ -81,7 +81,7 @@ class Journal:
         if not path.exists():
             return None
         try:
-            with np.load(path) as file:
+            with path.open("rb") as raw, np.load(raw) as file:
                 arrays = {name: file[name] for name in file.files}
             about = json.loads(str(arrays.pop(ABOUT)))
         except Exception as error:  # a damaged archive fails in many ways

@@ -29,6 +29,7 @@ class Placeholder(nn.Module):
 
     value: Tensor
     function_settings = ("family", "axes")
+    runtime_attributes = ("uses",)  # which change while the network runs
 
     def __init__(self, family: Distribution, *, neutral: float = 0.0, axes: int | None = None):
         super().__init__()

@@ -81,7 +81,9 @@ def test_points_of_eight_bit_images_count(attackable):
     images = (x * 255).round() / 255
 
     def eight_bit(f, x, y):
-        return ((x * 255).round() + 8 * (pd.attacks.fgsm(f, x, y, eps=8 / 255) - x).sign()).clamp(0, 255) / 255
+        return ((x * 255).round() + 8 * (pd.attacks.fgsm(f, x, y, eps=8 / 255) - x).sign()).clamp(
+            0, 255
+        ) / 255
 
     report = pd.evaluate(net, (images, y), {"8 bit": eight_bit, "pgd": pd.attacks.fgsm}, eps=8 / 255)
     counted = by_hand(net, eight_bit(net, images, y), y)
@@ -187,4 +189,7 @@ def test_radii_that_agree_to_six_digits_keep_their_own_verdicts(attackable):
 def test_radii_may_be_tensors_and_arrays(attackable, eps):
     net, data = attackable
     report = pd.evaluate(net, data, {"fgsm": pd.attacks.fgsm}, eps=eps)
-    assert [round(r["eps"], 6) for r in report.rows if r["rule"] == "vote" or r["attack"] == "fgsm"][::2] == [0.05, 0.1]
+    assert [round(r["eps"], 6) for r in report.rows if r["rule"] == "vote" or r["attack"] == "fgsm"][::2] == [
+        0.05,
+        0.1,
+    ]

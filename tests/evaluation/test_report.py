@@ -42,7 +42,9 @@ def test_a_mixture_of_two_runs_is_refused(tmp_path, old):
 def test_a_save_that_is_cut_short_is_found_and_leaves_no_scraps(tmp_path, monkeypatch):
     report(count=6).save(tmp_path)
     dumps = json.dumps
-    monkeypatch.setattr(np, "savez_compressed", lambda *args, **arrays: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        np, "savez_compressed", lambda *args, **arrays: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(OSError, match="full"):
         report(count=7).save(tmp_path)
     monkeypatch.undo()

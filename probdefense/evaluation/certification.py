@@ -12,6 +12,7 @@ changes the winner of infinitely many votes.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from probdefense.evaluation.examples import chunks
 from probdefense.evaluation.intervals import wilson
+from probdefense.evaluation.journal import Book, Journal
+from probdefense.evaluation.points import Spent
+from probdefense.evaluation.records import Record
 from probdefense.evaluation.report import Row
 from probdefense.progress import progress_bar
-from probdefense.rng import forked
+from probdefense.rng import derive, forked
 from probdefense.tables import format_table
-from probdefense.types import Inputs, Labels, LogitsFn
+from probdefense.types import Data, Inputs, Labels, LogitsFn
 from probdefense.validation import (
     check_answer,
     check_count,
@@ -35,6 +40,12 @@ from probdefense.validation import (
     check_positive,
     check_share,
 )
+
+CHUNK_SIZE = 256
+"""Examples that are certified together."""
+
+PLACE = ("certify", 0.0)
+"""Where a journal keeps the votes."""
 
 VOTES_PER_LOOK = 50
 """Votes between two looks of the sequential certificate."""
@@ -95,13 +106,15 @@ class Certificate:
 
 def certify(
     defense: Any,
-    x: Inputs,
+    data: Inputs | Data,
     *,
     n0: int = 100,
     n: int = 10_000,
     alpha: float = 0.001,
     target_radius: float | None = None,
     seed: int | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Certificate:
     r"""Certifies radii by randomized smoothing, $R = \sigma\, \Phi^{-1}(\underline{p})$, or abstains.
 
@@ -112,18 +125,21 @@ def certify(
 
     Args:
         defense: A `Defense` with normal noise on its raw input.
-        x: ``(batch, *event)`` in [0, 1].
+        data: ``x`` of shape ``(batch, *event)`` in [0, 1]; or ``(x, y)``, a data set or a loader, whose
+            labels are not looked at.
         n0: Votes that choose the class.
         n: Votes that bound its share.
         alpha: The chance of a false certificate, per image.
         target_radius: L2, in pixels: a radius that is enough.
         seed: Of the votes; torch's global state by default.
+        chunk_size: Examples that share their votes' noise of weights; one chunk is in memory at a time.
+        journal: A folder in which every finished chunk is kept; a rerun with the same seed goes on there.
 
     Returns:
         A `Certificate`.
 
     Raises:
-        TypeError: not a `Defense`.
+        TypeError: not a `Defense`, or data in another form.
         ValueError: no normal noise on the raw input, or settings out of range.
 
     References:
@@ -138,31 +154,57 @@ def certify(
         >>> certificate.radius.shape, certificate.sigma
         (torch.Size([2]), 0.25)
     """
-    check_inputs(x)
     check_count("n0", n0)
     check_count("n", n)
     check_share("alpha", alpha)
     if target_radius is not None:
         check_positive("target_radius", target_radius)
+    if journal is not None and seed is None:
+        raise ValueError("expected seed= beside journal=, got none; a rerun has to draw the same votes")
     sigma = smoothing_scale(defense)
-    with torch.no_grad(), forked(seed, x.device):
-        chosen = _votes(defense, x, n0).argmax(-1)
-        if target_radius is None:
-            wins = _wins(defense, x, chosen, n)
-            share, spent = clopper_pearson_low(wins, n, alpha), np.full(len(x), n)
-        else:
-            enough = float(torch.special.ndtr(torch.tensor(target_radius / sigma, dtype=torch.float64)))
-            share, spent = _race(defense, x, chosen, n, alpha, enough)
-    certain = share > 0.5
-    radius = sigma * torch.special.ndtri(torch.as_tensor(share).clamp_min(0.5))
+    key = int(torch.randint(2**62, ())) if seed is None else derive(seed, "certify")
+    book = Book({}, None if journal is None else Journal(journal))
+    if book.journal is not None:
+        asked = {"certify": [n0, n, alpha, target_radius], "seed": seed, "chunk_size": chunk_size}
+        book.journal.open(asked, defense, {})
+    device, dtype = torch.device("cpu"), torch.float32
+    for chunk in chunks(_labelled(data), chunk_size):
+        device, dtype = chunk.x.device, chunk.x.dtype
+        if not book.has(PLACE, chunk):
+            with torch.no_grad(), forked(derive(key, chunk.number), device):
+                chosen, share, spent = _bounded(defense, chunk.x, n0, n, alpha, target_radius, sigma)
+            arrays = {"chosen": chosen.cpu().numpy(), "share": share, "num_votes": spent}
+            book.write(PLACE, chunk, Record(arrays, n, Spent()))
+    found = {name: torch.as_tensor(array) for name, array in book.joined()[PLACE].arrays.items()}
+    certain, low = found["chosen"].where(found["share"] > 0.5, -1), found["share"]
     return Certificate(
-        label=torch.where(torch.as_tensor(certain).to(chosen.device), chosen, -1),
-        radius=radius.to(x.device, x.dtype),
-        share=torch.as_tensor(share, dtype=x.dtype, device=x.device),
-        num_votes=torch.as_tensor(spent, device=x.device),
+        label=certain.to(device),
+        radius=(sigma * torch.special.ndtri(low.clamp_min(0.5))).to(device, dtype),
+        share=low.to(device, dtype),
+        num_votes=found["num_votes"].to(device),
         sigma=sigma,
         alpha=alpha,
     )
+
+
+def _labelled(data: Any) -> Any:
+    """The data, with labels that nobody looks at where there are none."""
+    if isinstance(data, Tensor):
+        check_inputs(data)
+        return data, torch.zeros(len(data), dtype=torch.int64, device=data.device)
+    return data
+
+
+def _bounded(
+    defense: Any, x: Inputs, n0: int, n: int, alpha: float, target_radius: float | None, sigma: float
+) -> tuple[Labels, np.ndarray, np.ndarray]:
+    """The chosen class, a lower bound of its share and the votes spent, of every example of a chunk."""
+    chosen = _votes(defense, x, n0).argmax(-1)
+    if target_radius is None:
+        wins = _wins(defense, x, chosen, n)
+        return chosen, clopper_pearson_low(wins, n, alpha), np.full(len(x), n)
+    enough = float(torch.special.ndtr(torch.tensor(target_radius / sigma, dtype=torch.float64)))
+    return chosen, *_race(defense, x, chosen, n, alpha, enough)
 
 
 def smoothing_scale(defense: Any) -> float:

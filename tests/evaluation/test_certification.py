@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import probdefense as pd
 from probdefense.evaluation.certification import clopper_pearson_low, running_bounds
@@ -252,3 +253,19 @@ def test_noise_that_is_not_centered_normal_has_no_certificate(family):
     assert defense.stochastic and defense.input_noise is None
     with pytest.raises(ValueError, match="no certificate"):
         pd.certify(defense, LinearWorld().points(2)[0], n0=2, n=10)
+
+
+def test_a_certificate_is_the_same_for_any_form_of_data_and_any_restart(tmp_path):
+    world = LinearWorld(sigma=0.3)
+    x, y = world.points(23)
+    options = {"n0": 20, "n": 100, "seed": 3, "chunk_size": 8}
+    forms = (x, (x, y), TensorDataset(x, y), DataLoader(TensorDataset(x, y), 5))
+    found = [pd.certify(world.noisy(), data, **options) for data in forms]
+    journaled = [pd.certify(world.noisy(), x, journal=tmp_path, **options) for _ in range(2)]
+    for other in [*found[1:], *journaled]:
+        for name in ("label", "radius", "share", "num_votes"):
+            assert torch.equal(getattr(other, name), getattr(found[0], name)), name
+    with pytest.raises(ValueError, match="seed, chunk_size differ"):
+        pd.certify(world.noisy(), x, journal=tmp_path, **options | {"seed": 4, "chunk_size": 9})
+    with pytest.raises(ValueError, match="expected seed= beside journal="):
+        pd.certify(world.noisy(), x, journal=tmp_path)

@@ -1,10 +1,10 @@
 """Nothing finished is done twice, nothing of another evaluation is taken over."""
 
 import functools
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -198,40 +198,31 @@ def test_fingerprints_tell_what_differs_and_nothing_else():
     assert fingerprint(defense, "x") == before
 
 
-SCRIPT = """
-import sys, torch, probdefense as pd
-from functools import partial
-from tests.worlds import tiny_batch, tiny_net
-torch.manual_seed(0)
-defense = pd.defenses.bayesian(pd.defenses.rse(tiny_net()), num_data=50)
-print("started", flush=True)
-attacks = {"pgd": partial(pd.attacks.pgd, num_steps=20), "ddn": partial(pd.attacks.ddn, num_steps=10)}
-report = pd.evaluate(defense, tiny_batch(40), attacks, norm=2, eps=0.5, num_samples=10, chunk_size=4,
-                     journal=sys.argv[1])
-report.save(sys.argv[2])
-"""
+def job(journal, out):
+    torch.manual_seed(0)
+    defense = pd.defenses.bayesian(pd.defenses.rse(tiny_net()), num_data=50)
+    attacks = {"pgd": partial(pd.attacks.pgd, num_steps=10), "ddn": partial(pd.attacks.ddn, num_steps=5)}
+    report = evaluated(journal, defense, tiny_batch(40), attacks, chunk_size=4, num_samples=5)
+    report.save(out)
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_the_bytes_are_the_same(tmp_path):
-    def start(journal, out):
-        command = [sys.executable, "-c", SCRIPT, str(journal), str(out)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    whole = start(tmp_path / "first", tmp_path / "whole")
+    processes = multiprocessing.get_context("fork")
     begun = time.monotonic()
-    assert whole.wait() == 0
-    length, moments, kills = time.monotonic() - begun, random.Random(0), 0
-    while True:
-        job = start(tmp_path / "journal", tmp_path / "resumed")
-        job.stdout.readline()
-        try:
-            if job.wait(moments.uniform(0.02, length / 12) if kills < 20 else None) == 0:
-                break
-        except subprocess.TimeoutExpired:
-            job.send_signal(signal.SIGKILL)
-            job.wait()
+    whole = processes.Process(target=job, args=(None, tmp_path / "whole"))
+    whole.start()
+    whole.join()
+    length, moments, kills, done = time.monotonic() - begun, random.Random(0), 0, False
+    while not done:
+        again = processes.Process(target=job, args=(tmp_path / "journal", tmp_path / "resumed"))
+        again.start()
+        again.join(moments.uniform(0.01, length / 10) if kills < 20 else None)
+        done = again.exitcode == 0
+        if again.exitcode is None:
+            os.kill(again.pid, signal.SIGKILL)
+            again.join()
             kills += 1
-    assert kills >= 10
+    assert kills == 20
     for name in ("report.json", "arrays.npz"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()

@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from probdefense.core.programs import Model
 from probdefense.core.sites import MemberSite, Site
@@ -107,10 +106,9 @@ class Keys:
                 generator = keyed(mixed(self.seed, draw, tile + 1), ids.device)
                 count = TILE if self.end is None else min(TILE, self.end - tile * TILE)
                 for use in uses:
-                    value = use.site.draw((count, *use.shape), generator)
-                    found[use.name].append(pad(value, [0, 0] * len(use.shape) + [0, TILE - count]))
-        place = of_row * TILE + ids % TILE
-        return {
-            name: torch.cat(parts).unflatten(0, (len(draws), -1)).index_select(1, place)
-            for name, parts in found.items()
-        }
+                    found[use.name].append(use.site.draw((count, *use.shape), generator))
+        place = of_row * TILE + ids % TILE  # a tile that ends early is the last
+        values = {name: torch.cat(parts).unflatten(0, (len(draws), -1)) for name, parts in found.items()}
+        if torch.equal(place, torch.arange(values[uses[0].name].shape[1], device=place.device)):
+            return values
+        return {name: value.index_select(1, place) for name, value in values.items()}

@@ -38,6 +38,7 @@ from probdefense.validation import (
     check_inputs,
     check_labels,
     check_positive,
+    check_seed,
     check_share,
 )
 
@@ -154,11 +155,10 @@ def certify(
         >>> certificate.radius.shape, certificate.sigma
         (torch.Size([2]), 0.25)
     """
-    check_count("n0", n0)
-    check_count("n", n)
-    check_share("alpha", alpha)
+    n0, n, alpha = check_count("n0", n0), check_count("n", n), check_share("alpha", alpha)
+    seed = None if seed is None else check_seed(seed)
     if target_radius is not None:
-        check_positive("target_radius", target_radius)
+        target_radius = check_positive("target_radius", target_radius)
     if journal is not None and seed is None:
         raise ValueError("expected seed= beside journal=, got none; a rerun has to draw the same votes")
     sigma = smoothing_scale(defense)
@@ -190,7 +190,7 @@ def certify(
 def _labelled(data: Any) -> Any:
     """The data, with labels that nobody looks at where there are none."""
     if isinstance(data, Tensor):
-        check_inputs(data)
+        data = check_inputs(data)
         return data, torch.zeros(len(data), dtype=torch.int64, device=data.device)
     return data
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from probdefense.prediction.drawing import ROWS
 from probdefense.types import Data, Inputs, Labels
-from probdefense.validation import check_count, check_inputs, check_labels
+from probdefense.validation import check_count, check_examples, check_labels
 
 
 class Chunk(NamedTuple):
@@ -41,8 +41,7 @@ def chunks(data: Data, size: int, first: int = 0) -> Iterator[Chunk]:
     check_count("chunk_size", size)
     number = first // size
     for x, y in _regrouped(batches(data, ordered=True), size):
-        check_inputs(x)
-        check_labels(y, len(x))
+        x, y = check_examples((x, y))
         yield Chunk(number, number * size, x, y)
         number += 1
     if number == first // size:

@@ -35,6 +35,7 @@ from probdefense.validation import (
     check_function,
     check_member,
     check_norm,
+    check_seed,
 )
 
 CHUNK_SIZE = 256
@@ -56,6 +57,7 @@ def evaluate(
     chunk_size: int = CHUNK_SIZE,
     draw_chunk: int | None = None,
     journal: str | os.PathLike[str] | None = None,
+    first: int = 0,
 ) -> Report:
     """Accuracy of a defense on clean inputs and under every attack, by every rule.
 
@@ -82,6 +84,8 @@ def evaluate(
         draw_chunk: Images (rows times draws) per pass of the defense, chosen by the memory of one if None;
             it changes no draw.
         journal: A folder in which every finished chunk is kept; a rerun goes on where it ended.
+        first: The number of the first example, a multiple of `chunk_size`, where the data are a shard of a
+            larger set; `Report.merge` joins the reports of all shards into the report of the whole.
         estimand: What the intervals are about: ``"population"`` or ``"test set"``, see
             `intervals.accuracy_interval`.
 
@@ -104,8 +108,13 @@ def evaluate(
         [('clean', 'mean_prob'), ('clean', 'single_draw'), ('fgsm', 'mean_prob'), ('fgsm', 'single_draw')]
     """
     logits_fn, attacks = as_logits_fn(logits_fn), dict(attacks or {})
+    num_samples, seed, norm = check_count("num_samples", num_samples), check_seed(seed), check_norm(norm)
+    chunk_size = check_count("chunk_size", chunk_size)
+    draw_chunk = None if draw_chunk is None else check_count("draw_chunk", draw_chunk)
+    if check_count("first", first, least=0) % chunk_size:
+        raise ValueError(f"expected first as a multiple of chunk_size={chunk_size}, got {first}")
     threat = Threat(norm, tuple(radii_of(eps)))
-    _check_settings(threat, rules, num_samples, seed, estimand, draw_chunk)
+    _check_settings(threat, rules, estimand)
     runs = _all_runs(name, attacks, threat)
     at_once = chunk_size
     if is_adaptive(logits_fn):  # a stream of its own, so the setting that reports share says nothing
@@ -124,12 +133,13 @@ def evaluate(
         book.journal.open({**asked, "rules": [rule_name(rule) for rule in rules]}, logits_fn, attacks)
     labels: list[np.ndarray] = []
     about: dict[str, Any] = {}
-    for chunk in track(chunks(data, at_once), f"evaluate {name}", num_chunks(data, at_once)):
+    for chunk in track(chunks(data, at_once, first), f"evaluate {name}", num_chunks(data, at_once)):
         about = about or _about(chunk)
         labels.append(chunk.y.cpu().numpy())
         _see_chunk(book, judge, chunk, runs, threat, draw_chunk)
     report = Report([], asked | about)
     report.arrays.put(np.concatenate(labels), "labels", name)
+    report.arrays.put(first + np.arange(len(report.arrays.at("labels", name))), "ids", name)
     Rows(report, name, draws_kind(logits_fn)).file(book.joined(), runs, threat)
     return report
 
@@ -163,21 +173,9 @@ def _about(chunk: Chunk) -> dict[str, Any]:
     }
 
 
-def _check_settings(
-    threat: Threat,
-    rules: Sequence[Rule],
-    num_samples: int,
-    seed: int,
-    estimand: str,
-    draw_chunk: int | None,
-) -> None:
-    check_norm(threat.norm)
+def _check_settings(threat: Threat, rules: Sequence[Rule], estimand: str) -> None:
     for radius in threat.radii:
         check_eps(radius)
-    check_count("num_samples", num_samples)
-    check_count("seed", seed, least=0)
-    if draw_chunk is not None:
-        check_count("draw_chunk", draw_chunk)
     check_member("estimand", estimand, ESTIMANDS)
     if not threat.radii or not rules:
         raise ValueError("expected at least one eps and one rule, got none")

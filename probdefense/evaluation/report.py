@@ -37,8 +37,8 @@ class Report:
             examples), attack_samples (draws per attack call), queries and gradients (example x draw
             spent by the attack).
         settings: What was asked for: norm, seed, estimand, and anything else that names the number.
-        arrays: Per-example results: ``labels/<defense>``; ``correct/<defense>/<attack>/<eps>/<rule>`` of
-            shape ``(verdicts, batch)``; ``log_probs/<defense>/<attack>/<eps>`` of the mean probability and
+        arrays: Per-example results: ``labels/<defense>`` and ``ids/<defense>``;
+            ``correct/<defense>/<attack>/<eps>/<rule>`` of shape ``(verdicts, batch)``; ``log_probs/<defense>/<attack>/<eps>`` of the mean probability and
             ``expected_entropy/...`` in nats; ``distance/<defense>/<attack>`` of minimum-norm points,
             whose own verdicts stand under radius ``inf``.
         timing: Seconds by defense and attack; kept out of `rows` so that they depend on the seed alone.
@@ -97,6 +97,50 @@ class Report:
             Arrays(self.arrays | other.arrays),
             self.timing | other.timing,
         )
+
+    @staticmethod
+    def merge(reports: Sequence[Report]) -> Report:
+        """The report of a whole evaluation from those of its shards, byte for byte.
+
+        Args:
+            reports: Of the same defenses, attacks and settings on other examples (``first=`` of `evaluate`).
+
+        Raises:
+            ValueError: no reports, other settings or rows, or examples that are in several.
+
+        Examples:
+            >>> import torch, probdefense as pd
+            >>> x, y = torch.rand(4, 4), torch.zeros(4).long()
+            >>> evaluated = partial(pd.evaluate, pd.deterministic(torch.nn.Linear(4, 3)), chunk_size=2)
+            >>> shards = [evaluated((x[i : i + 2], y[i : i + 2]), first=i) for i in (2, 0)]
+            >>> Report.merge(shards).rows == evaluated((x, y)).rows
+            True
+        """
+        if not reports:
+            raise ValueError("expected at least one report to merge, got none")
+        first = reports[0]
+        for other in reports[1:]:
+            if other.settings != first.settings or [*map(_place, other.rows)] != [*map(_place, first.rows)]:
+                raise ValueError(
+                    "expected shards of one evaluation, got reports with other settings, defenses or attacks"
+                )
+        arrays = Arrays()
+        for defense in first.defenses:
+            ids = np.concatenate([report.arrays.at("ids", defense) for report in reports])
+            if len(np.unique(ids)) < len(ids):
+                raise ValueError(
+                    f"expected shards with examples of their own, got some of {defense} twice; give first= "
+                    "to evaluate"
+                )
+            for key in first.arrays.only(defense):
+                axis = int(key.startswith("correct/"))
+                joined = np.concatenate([report.arrays[key] for report in reports], axis)
+                arrays[key] = np.take(joined, ids.argsort(), axis)
+        rows = [
+            _merged(same, arrays, first.settings) for same in zip(*(r.rows for r in reports), strict=True)
+        ]
+        timing = {name: sum(report.timing[name] for report in reports) for name in first.timing}
+        return Report(rows, first.settings, arrays, timing)
 
     @property
     def defenses(self) -> list[str]:
@@ -205,6 +249,15 @@ class Report:
         return cls(
             content["rows"], content["settings"], kept, json.loads((folder / "timing.json").read_text())
         )
+
+
+def _merged(rows: Sequence[Row], arrays: Arrays, settings: dict[str, Any]) -> Row:
+    """One row of several shards."""
+    row = rows[0]
+    correct = arrays.at("correct", row["defense"], row["attack"], row["eps"], row["rule"])
+    spent = {name: sum(each[name] for each in rows) for name in ("queries", "gradients")}
+    judged = proportion(correct, row["draws"], settings.get("estimand", "population"))
+    return {**row, **judged, "num_examples": correct.shape[1], **spent}
 
 
 def proportion(correct: np.ndarray, draws: str = "none", estimand: str = "population") -> Row:

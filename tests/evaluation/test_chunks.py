@@ -168,3 +168,18 @@ def test_passes_of_an_evaluation_leave_the_verdicts(draw_chunk):
     whole, split = evaluated(data), evaluated(data, draw_chunk=draw_chunk)
     for one, other in zip(whole.rows, split.rows, strict=True):
         assert one["accuracy"] == other["accuracy"] and one["queries"] == other["queries"]
+
+
+def test_shards_merge_into_the_report_of_the_whole(tmp_path):
+    x, y = tiny_batch(20)
+    whole = evaluated((x, y))
+    parts = [evaluated((x[i : i + 8], y[i : i + 8]), first=i) for i in (8, 16, 0)]
+    assert written(pd.Report.merge(parts), tmp_path / "a") == written(whole, tmp_path / "b")
+    with pytest.raises(ValueError, match="got some of defense twice; give first="):
+        pd.Report.merge([parts[0], parts[0]])
+    with pytest.raises(ValueError, match="expected shards of one evaluation"):
+        pd.Report.merge([parts[0], evaluated((x[:8], y[:8]), seed=1)])
+    with pytest.raises(ValueError, match="at least one report"):
+        pd.Report.merge([])
+    with pytest.raises(ValueError, match="first as a multiple of chunk_size=8, got 5"):
+        evaluated((x[:8], y[:8]), first=5)

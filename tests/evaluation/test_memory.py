@@ -21,7 +21,7 @@ def peak(images, **options):
     """Peak memory in MB, and gradients spent."""
     code = CODE.format(images=images, options=options)
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    before, after, gradients = (int(word) for word in answer.stdout.split())
+    _, after, gradients = (int(word) for word in answer.stdout.split())
     return after / 1024, gradients
 
 

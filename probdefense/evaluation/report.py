@@ -38,8 +38,8 @@ class Report:
             spent by the attack).
         settings: What was asked for: norm, seed, estimand, and anything else that names the number.
         arrays: Per-example results: ``labels/<defense>`` and ``ids/<defense>``;
-            ``correct/<defense>/<attack>/<eps>/<rule>`` of shape ``(verdicts, batch)``; ``log_probs/<defense>/<attack>/<eps>`` of the mean probability and
-            ``expected_entropy/...`` in nats; ``distance/<defense>/<attack>`` of minimum-norm points,
+            ``correct/<defense>/<attack>/<eps>/<rule>`` of shape ``(verdicts, batch)``;
+            ``log_probs/<defense>/<attack>/<eps>`` of the mean probability and ``expected_entropy/...`` in nats; ``distance/<defense>/<attack>`` of minimum-norm points,
             whose own verdicts stand under radius ``inf``.
         timing: Seconds by defense and attack; kept out of `rows` so that they depend on the seed alone.
     """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from probdefense.types import Seed
+from probdefense.validation import check_seed, check_seeds
 
 GLOBAL = threading.RLock()
 """Held by whoever relies on state that all threads share: torch's generators, Pyro's stack of handlers."""
@@ -128,11 +129,9 @@ class Stream:
             device = "cpu" if seed is None else seed.device
             keys = torch.randint(2**62, (len(x),), generator=seed, device=device)
             return cls(keys.to(x.device))
-        if isinstance(seed, Tensor) and seed.dim() == 1:
-            if len(seed) != len(x):
-                raise ValueError(f"expected one seed per example ({len(x)}), got {len(seed)}")
-            return cls(hash_keys(0, seed.to(x.device)))
-        return cls(hash_keys(int(seed), torch.arange(len(x), device=x.device)))
+        if hasattr(seed, "shape") and seed.shape != ():
+            return cls(hash_keys(0, check_seeds(seed, len(x)).to(x.device)))
+        return cls(hash_keys(check_seed(seed), torch.arange(len(x), device=x.device)))
 
     def seed(self) -> int:
         """One integer that stands for all keys, to seed a model's own randomness."""

@@ -51,7 +51,7 @@ def test_imports_form_no_circle():
         visit(name, ())
 
 
-GROUND = ("types", "rng", "ops", "validation", "progress", "tables", "files")
+GROUND = ("types", "validation", "rng", "ops", "progress", "tables", "files")
 ROOMS = (
     *GROUND,
     "logits",

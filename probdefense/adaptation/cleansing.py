@@ -35,11 +35,13 @@ from probdefense.types import Attack, Inputs, Logits, LogitsFn, Objective
 from probdefense.validation import (
     check_classes,
     check_count,
+    check_examples,
     check_function,
     check_inputs,
-    check_labels,
     check_member,
     check_positive,
+    check_seed,
+    check_share,
 )
 
 NORMALIZATION = nn.modules.batchnorm._NormBase
@@ -136,16 +138,15 @@ def rmc(
         patience=patience,
         batch_size=batch_size,
     )
-    _check(defense, settings, num_copies, seed)
+    _check(defense, settings, num_copies)
     check_function("attack", attack, "logits_fn", "x", "y")
-    x, y = gather(data)
-    _check_data(defense, x, y)
+    seed, (x, y) = check_seed(seed), _checked_data(defense, gather(data))
     copies = [attacked_copy(defense, attack, x, y, derive(seed, "copy", i)) for i in range(num_copies)]
     bank = Bank(defense, torch.cat([x, *copies]), y.repeat(1 + num_copies))
     if not 8 <= num_neighbors <= len(bank.x):
         raise ValueError(
             f"expected 8 <= num_neighbors <= {len(bank.x)}, the clean and attacked training examples, "
-            f"got {num_neighbors}"
+            f"got {num_neighbors}; set num_neighbors= to the size of the data or below"
         )
     return RMC(defense, bank, settings, adapt)
 
@@ -257,7 +258,7 @@ class RMC:
     def _check_stream(self, x: Inputs, seed: int) -> None:
         """Refuses inputs of another shape than the bank's."""
         check_inputs(x)
-        check_count("seed", seed, least=0)
+        check_seed(seed)
         if x.shape[1:] != self.bank.x.shape[1:]:
             raise ValueError(
                 f"expected inputs (batch, {', '.join(map(str, self.bank.x.shape[1:]))}), like the data that "
@@ -321,26 +322,27 @@ class RMC:
             return -float(self.adapted.step(self.bank.x[rows], self.bank.y[rows]).log_lik.mean())
 
 
-def _check_data(defense: Defense, x: Inputs, y: Tensor) -> None:
+def _checked_data(defense: Defense, data: Any) -> tuple[Inputs, Tensor]:
     """Refuses data that do not fit each other or the base."""
-    check_inputs(x)
-    check_labels(y, len(x))
+    x, y = check_examples(data)
     with torch.no_grad(), explained(x):
         check_classes(y, defense.mean()(x[:1]).shape[-1])
+    return x, y
 
 
-def _check(defense: Defense, settings: Settings, num_copies: int, seed: int) -> None:
+def _check(defense: Defense, settings: Settings, num_copies: int) -> None:
     if not isinstance(defense, Defense) or not hasattr(defense.model, "sites"):
-        raise TypeError(f"expected a Defense made by a builder, got {type(defense).__name__}")
+        raise TypeError(
+            f"expected a Defense made by a builder, got {type(defense).__name__}; wrap a plain network with "
+            "probdefense.deterministic(net)"
+        )
     for name in ("num_neighbors", "group", "max_epochs", "patience", "batch_size"):
         check_count(name, getattr(settings, name))
     check_count("num_copies", num_copies, least=0)
-    check_count("seed", seed, least=0)
     check_function("objective", settings.objective, "defense", "x", "y")
     check_positive("learning_rate", settings.learning_rate)
     check_member("policy", settings.policy, ("carry", "reset", "decay"))
-    if not 0 <= settings.decay <= 1:
-        raise ValueError(f"expected decay in [0, 1], got {settings.decay}; it is the share that is kept")
+    check_share("decay", settings.decay, ends="[]")
 
 
 def _local(defense: Defense, num_data: int) -> Defense:

@@ -19,7 +19,7 @@ from probdefense.evaluation.report import Report
 from probdefense.prediction.predictive import Prediction
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Labels
-from probdefense.validation import check_classes, check_count, check_inputs, check_labels
+from probdefense.validation import check_classes, check_count, check_examples, check_labels, check_seed
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -77,7 +77,7 @@ def to_arviz(
         >>> tree["posterior"]["noise_scale"].mean(("chain", "draw")).values.round(3)
         array([0.2, 0.1], dtype=float32)
     """
-    check_count("num_samples", num_samples)
+    num_samples, seed = check_count("num_samples", num_samples), check_seed(seed)
     if isinstance(source, Report):
         return _of_report(source, num_samples, seed)
     if isinstance(source, Prediction):
@@ -85,12 +85,14 @@ def to_arviz(
     fits = list(source) if isinstance(source, Sequence) else [source]
     if not fits or not all(isinstance(fit, Defense) for fit in fits):
         raise TypeError(
-            f"expected a Defense, a list of them, a Report or a Prediction, got {type(source).__name__}"
+            f"expected a Defense, a list of them, a Report or a Prediction, got {type(source).__name__}; "
+            "wrap a plain network with probdefense.deterministic(net)"
         )
     if data is None:
-        raise TypeError("a defense needs data=(x, y): the predictive and the log-likelihood are at x")
-    check_inputs(data[0])
-    check_labels(data[1], len(data[0]))
+        raise TypeError(
+            "expected data=(x, y) with a defense, got none; the predictive and the log-likelihood are at x"
+        )
+    data = check_examples(data)
     return _of_fits(fits, data, num_samples, adversarial or {}, weights, seed)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from probdefense.analysis.arviz import from_groups
 from probdefense.analysis.thresholds import Outcomes, predict_draws, start, success_model, tally
 from probdefense.evaluation.report import Report
-from probdefense.validation import check_count, check_member
+from probdefense.validation import check_count, check_member, check_seed
 
 MAX_R_HAT = 1.02
 MIN_ESS = 100
@@ -108,8 +108,8 @@ def robustness_curve(
     """
     from probdefense.numpyro.chains import run_chains
 
-    for name, count in (("num_samples", num_samples), ("num_chains", num_chains)):
-        check_count(name, count)
+    seed, num_samples = check_seed(seed), check_count("num_samples", num_samples)
+    num_warmup, num_chains = check_count("num_warmup", num_warmup, 0), check_count("num_chains", num_chains)
     if isinstance(results, Report):
         success, radii = _of_report(results, attack, rule)
     else:

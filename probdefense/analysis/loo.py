@@ -16,7 +16,7 @@ from probdefense.core.defense import Defense
 from probdefense.core.sites import WeightSite
 from probdefense.rng import forked
 from probdefense.types import Inputs, Labels
-from probdefense.validation import check_count, check_labels
+from probdefense.validation import check_count, check_examples, check_kind, check_seed
 
 
 class Loo(NamedTuple):
@@ -111,13 +111,14 @@ def guide_k_hat(
         >>> guide_k_hat(defense, (torch.rand(3, 1), torch.tensor([0, 1, 1])), num_samples=100) > 0
         True
     """
-    check_count("num_samples", num_samples)
-    x, y = data
-    check_labels(y, len(x))
+    num_samples, seed = check_count("num_samples", num_samples), check_seed(seed)
+    check_kind("defense", defense, Defense, "make one with probdefense.defenses.bayesian(net, ...)")
+    x, y = check_examples(data)
     sites = list(defense.sites.values())
     if not sites or not all(isinstance(site, WeightSite) and site.prior and site.posterior for site in sites):
         raise ValueError(
-            "expected random weights with a prior and nothing else: noise has no posterior to miss"
+            f"expected random weights with a prior and nothing else, got {[s.name for s in sites]}; noise "
+            "has no posterior to miss: make the defense with bayesian(net, prior=...) alone"
         )
     with torch.no_grad(), forked(seed, x.device):
         frozen: Any = defense.freeze(num_samples)

@@ -180,7 +180,10 @@ def _alternate(
 ) -> Inputs:
     """Attacks the stream group by group, moving a simulated defender along; restores the state found."""
     if not hasattr(adaptive, "simulate"):
-        raise TypeError("expected an adaptive defense, as probdefense.rmc makes it; this one never adapts")
+        raise TypeError(
+            f"expected an adaptive defense, got {type(adaptive).__name__}, which never adapts; make one with "
+            "probdefense.rmc, or use another attack"
+        )
     found, points = adaptive.state(), []
     try:
         for number, start in enumerate(track(range(0, len(x), adaptive.group), "adaptive attack")):

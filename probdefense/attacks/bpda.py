@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probdefense.validation import check_function, check_kind
+
 Surrogate = Callable[[Tensor], Tensor]
 """A smooth function of the first input of a module, with the shape of its output."""
 
@@ -47,6 +49,10 @@ def bpda(net: nn.Module, surrogates: Mapping[Any, Surrogate]) -> Iterator[None]:
         >>> with bpda(net, {Round: lambda x: x}):
         ...     x_adv = pd.attacks.pgd(net, torch.rand(2, 4), torch.tensor([0, 1]), eps=0.1)
     """
+    check_kind("net", net, nn.Module, "give the network or the defense that the surrogates are for")
+    check_kind("surrogates", surrogates, Mapping, "give a dictionary of functions by module name or class")
+    for key, surrogate in surrogates.items():
+        check_function(f"the surrogate of {key}", surrogate, "x")
     with ExitStack() as stack:
         for key, surrogate in surrogates.items():
             for name, module in _found(net, key):
@@ -61,7 +67,7 @@ def _found(net: nn.Module, key: str | type[nn.Module]) -> list[tuple[str, nn.Mod
     found = [(n, m) for n, m in modules if (n == key if isinstance(key, str) else isinstance(m, key))]
     if not found:
         known = ", ".join(f"{n} ({type(m).__name__})" for n, m in modules if n)
-        raise ValueError(f"found no module {key!r} to give a surrogate; known: {known}")
+        raise ValueError(f"unknown: no module {key!r} to give a surrogate; known: {known}")
     return found
 
 
@@ -73,6 +79,7 @@ def _straight_through(
     smooth = surrogate(args[0])
     if smooth.shape != output.shape:
         raise ValueError(
-            f"expected the surrogate of {name} to give {tuple(output.shape)}, got {tuple(smooth.shape)}"
+            f"expected the surrogate of {name} to give {tuple(output.shape)}, got {tuple(smooth.shape)}; it "
+            "stands in for the module element by element"
         )
     return output.detach() + (smooth - smooth.detach())

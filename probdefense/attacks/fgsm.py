@@ -128,7 +128,9 @@ def r_fgsm(
     rng, ball = Stream.of(seed, x), Ball(x, eps, norm)
     first = ball.radius / 2 if alpha is None else torch.full_like(ball.radius, alpha)
     if bool((first > ball.radius).any()) or bool((first < 0).any()):
-        raise ValueError(f"expected 0 <= alpha <= eps, got alpha={alpha}, eps={eps}")
+        raise ValueError(
+            f"expected 0 <= alpha <= eps, got alpha={alpha}, eps={eps}; alpha is the random part of eps"
+        )
     noise = rng.normal(x.shape[1:], x.dtype)
     moved = ball.project(x + first * ball.steepest(noise, x))
     slope = input_gradient(logits_fn, moved, climb(loss, y, target), repeats=repeats, where="r_fgsm")

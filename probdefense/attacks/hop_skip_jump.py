@@ -83,7 +83,7 @@ def hop_skip_jump(
         >>> x_adv = hop_skip_jump(net, torch.rand(2, 4), torch.tensor([0, 1]), max_queries=1000)
     """
     if norm == 1:
-        raise ValueError("expected norm 2 or math.inf for hop_skip_jump, got 1")
+        raise ValueError("expected norm 2 or math.inf for hop_skip_jump, got 1; take another attack for L1")
     rng, goal = Stream.of(seed, x), Goal(y, target, rule=rule)
     queries = Queries(logits_fn, x, goal, max_queries, frozen=frozen)
     points = _first(queries, x, rng) if start is None else start

@@ -80,7 +80,7 @@ def square(
         >>> x_adv = square(net, torch.rand(2, 4), torch.tensor([0, 1]), eps=0.1, max_queries=50)
     """
     if norm not in MOVES:
-        raise ValueError(f"expected norm 2 or math.inf for square, got {norm!r}")
+        raise ValueError(f"expected norm 2 or math.inf for square, got {norm!r}; take another attack for L1")
     rng, ball = Stream.of(seed, x), Ball(x, eps, norm)
     queries = Queries(logits_fn, x, Goal(y, target, loss), max_queries, frozen=frozen)
     rivals = NOISY_RIVALS if queries.stochastic else 1

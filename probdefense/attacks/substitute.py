@@ -22,6 +22,7 @@ from probdefense.logits.rules import vote
 from probdefense.progress import track
 from probdefense.rng import Stream
 from probdefense.types import Attack, Inputs, Labels, Logits, LogitsFn, Norm, Rule, Seed
+from probdefense.validation import check_like
 
 BATCH, LEARNING_RATE = 64, 3e-3
 """Of the training of the substitute, by Adam."""
@@ -83,7 +84,7 @@ def substitute(
         >>> x_adv = substitute(net, x, y, eps=0.1, num_rounds=1, num_epochs=1)
     """
     rng = Stream.of(seed, x)
-    inputs = x if known is None else known
+    inputs = x if known is None else check_like(known, x, "known")
     scores = _answers(logits_fn, inputs, rule)
     model = (net() if net is not None else _perceptron(x[0].numel(), scores.shape[1])).to(x)
     copy, labels = Static(lambda points: model(points).unsqueeze(0)), scores.argmax(-1)

@@ -158,7 +158,9 @@ def _counts(stages: list[Stage], budget: int, overhead: int) -> list[int]:
     dearest = max(max(stage.each, stage.draws) / stage.share for stage in stages)
     needed = fixed + math.ceil(LEAST * total * dearest)
     if budget < needed:
-        raise ValueError(f"budget={budget} does not pay for {LEAST} steps of every attack; needed: {needed}")
+        raise ValueError(
+            f"expected a budget of at least {needed}, got {budget}; every attack needs {LEAST} steps"
+        )
     return [int((budget - fixed) * stage.share / total / stage.each) for stage in stages]
 
 

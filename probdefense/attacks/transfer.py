@@ -12,6 +12,7 @@ from probdefense.attacks.worst_of import made_of, run
 from probdefense.logits.adapters import as_logits_fn
 from probdefense.rng import Stream
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Seed
+from probdefense.validation import check_attack
 
 
 def transfer(attack: Attack, source: LogitsFn) -> Attack:
@@ -39,6 +40,7 @@ def transfer(attack: Attack, source: LogitsFn) -> Attack:
         >>> cheap = transfer(pd.attacks.fgsm, defense.mean())
         >>> x_adv = cheap(defense, torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), eps=0.1)
     """
+    check_attack(attack)
     source = as_logits_fn(source)
 
     def transferred(

@@ -19,6 +19,7 @@ from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball
 from probdefense.rng import Stream
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Rule, Seed
+from probdefense.validation import check_attack, check_function, check_kind
 
 
 def worst_of(attacks: Sequence[Attack], *, rule: Rule = mean_prob) -> Attack:
@@ -51,8 +52,12 @@ def worst_of(attacks: Sequence[Attack], *, rule: Rule = mean_prob) -> Attack:
         >>> both = worst_of([pd.attacks.fgsm, partial(pd.attacks.pgd, num_steps=3)])
         >>> x_adv = both(net, torch.rand(2, 4), torch.tensor([0, 1]), eps=0.1)
     """
+    check_kind("attacks", attacks, (list, tuple), "give a list of attacks")
     if not attacks:
-        raise ValueError("expected at least one attack, got none")
+        raise ValueError("expected at least one attack, got none; give a list of attacks")
+    for one in attacks:
+        check_attack(one)
+    check_function("rule", rule, "logits")
 
     def worst(
         logits_fn: LogitsFn,

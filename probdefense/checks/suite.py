@@ -14,7 +14,15 @@ from probdefense.logits.losses import expected_cross_entropy
 from probdefense.logits.rules import mean_prob
 from probdefense.rng import derive, forked
 from probdefense.types import Attack, Inputs, Labels, LossFn, Norm, Rule
-from probdefense.validation import check_count, check_inputs, check_labels, check_norm, check_positive
+from probdefense.validation import (
+    check_count,
+    check_function,
+    check_inputs,
+    check_labels,
+    check_norm,
+    check_positive,
+    check_seed,
+)
 
 
 def run(
@@ -81,13 +89,15 @@ def run(
         >>> found["declared randomness"].verdict
         'ok'
     """
-    check_inputs(x)
+    x, eps, norm, seed = check_inputs(x), check_positive("eps", eps), check_norm(norm), check_seed(seed)
     check_labels(y, len(x))
-    check_positive("eps", eps)
-    check_norm(norm)
-    for name, value in (("num_gradients", num_gradients), ("num_samples", num_samples)):
-        check_count(name, value)
-    check_count("num_verdict", num_verdict)
+    num_gradients = check_count("num_gradients", num_gradients)
+    num_samples = check_count("num_samples", num_samples)
+    num_verdict = check_count("num_verdict", num_verdict)
+    check_function("rule", rule, "logits")
+    check_function("loss", loss, "logits", "y")
+    if gradient_free is not None:
+        check_function("gradient_free", gradient_free, "logits_fn", "x", "y", eps=eps, norm=norm)
     logits_fn = as_logits_fn(logits_fn)
     bench = Bench(logits_fn, x, y, eps, norm, rule, loss, num_gradients, num_samples, num_verdict, seed)
     with forked(derive(seed, "checks"), x.device):

@@ -20,7 +20,7 @@ from probdefense.logits.rules import mean_prob
 from probdefense.nn.jump_relu import JumpReLU, MarginalJumpReLU, smoothed_jump
 from probdefense.nn.relus import FUNCTIONAL, Where, after_relus, relu_paths
 from probdefense.types import Inputs, Labels, LogitsFn
-from probdefense.validation import check_inputs, check_positive
+from probdefense.validation import check_inputs, check_positive, check_share
 
 Threshold = float | Distribution
 """A number, or a distribution from which every example draws one threshold per ReLU."""
@@ -112,7 +112,7 @@ def quantiles(net: nn.Module, x: Inputs, share: float) -> dict[str, float]:
         >>> quantiles(net, torch.tensor([[0.0, 0.25, 0.5, 0.75, 1.0]]), 0.5)
         {'0': 0.5}
     """
-    check_inputs(x)
+    x, share = check_inputs(x), check_share("share", share, ends="[)")
     return {path: _quantile(values, share) for path, values in _activations(net, x).items()}
 
 
@@ -213,8 +213,6 @@ def _activations(net: nn.Module, x: Inputs) -> dict[str, Tensor]:
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    if not 0 <= share < 1:
-        raise ValueError(f"expected a share in [0, 1), got {share}")
     count = math.ceil(share * len(values))
     return float(values.kthvalue(count).values) if count else 0.0
 

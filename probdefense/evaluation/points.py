@@ -17,7 +17,7 @@ from probdefense.ops import lp_norm, reach
 from probdefense.prediction.drawing import Keyed
 from probdefense.rng import derive, forked, hash_keys
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm
-from probdefense.validation import check_count
+from probdefense.validation import check_attack, check_count
 
 ATTACK_SAMPLES = 16
 """Draws per attack call on a random defense, unless `with_draws` says otherwise."""
@@ -57,10 +57,8 @@ def with_draws(attack: Attack, num_samples: int) -> WithDraws:
         >>> with_draws(pd.attacks.pgd, 16).num_samples
         16
     """
-    check_count("num_samples", num_samples)
-    if not callable(attack):
-        raise TypeError(f"expected an attack (logits_fn, x, y, ...) -> x_adv, got {type(attack).__name__}")
-    return WithDraws(attack, num_samples)
+    check_attack(attack)
+    return WithDraws(attack, check_count("num_samples", num_samples))
 
 
 class Threat(NamedTuple):

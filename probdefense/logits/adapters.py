@@ -178,8 +178,11 @@ def as_logits_fn(function: Any) -> LogitsFn:
             f"expected a LogitsFn, got the plain network {type(function).__name__}; "
             "wrap it with probdefense.deterministic(net)"
         )
-    if not callable(function):
-        raise TypeError(f"expected a LogitsFn, got {type(function).__name__}")
+    if not callable(function) or isinstance(function, type):
+        came = f"the class {function.__name__}" if isinstance(function, type) else type(function).__name__
+        raise TypeError(
+            f"expected a LogitsFn, got {came}; give a Defense, or a function x -> (samples, batch, classes)"
+        )
     return Bare(function)
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 
 from probdefense.ops import exact, log_mean_exp
 from probdefense.types import Labels, Logits, Rule
-from probdefense.validation import check_count, check_member
+from probdefense.validation import check_count, check_member, check_values
 
 
 def mean_prob(logits: Logits) -> Tensor:
@@ -174,7 +174,9 @@ def margins(rule: Rule, logits: Logits, y: Labels) -> Tensor:
     count = max(1, len(logits) // size)
     groups = logits[: count * size].split(min(size, len(logits)))
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.stack([score_margin(rule(exact(group)), y) for group in groups]).to(dtype)
+    shape = logits.shape[1:]
+    scores = [check_values(rule(exact(group)), shape, "rule") for group in groups]
+    return torch.stack([score_margin(part, y) for part in scores]).to(dtype)
 
 
 RULES: dict[str, Callable[[Logits], Tensor]] = {

@@ -32,7 +32,7 @@ from probdefense.numpyro.kept import with_kept
 from probdefense.prediction.predictive import predict
 from probdefense.rng import derive, forked
 from probdefense.types import Attack, Inputs, Labels
-from probdefense.validation import check_count
+from probdefense.validation import check_count, check_examples, check_kind, check_seed
 
 Data = tuple[Inputs, Labels] | Iterable[tuple[Inputs, Labels]]
 
@@ -99,9 +99,10 @@ def last_layer_nuts(
         Traceback (most recent call last):
         ValueError: expected a network that ends in nn.Linear, got Sequential; ...
     """
-    for name, count in (("num_samples", num_samples), ("num_chains", num_chains)):
-        check_count(name, count)
-    x, y = gather(loader)
+    seed, num_samples = check_seed(seed), check_count("num_samples", num_samples)
+    num_warmup, num_chains = check_count("num_warmup", num_warmup, 0), check_count("num_chains", num_chains)
+    check_kind("defense", defense, Defense, "wrap a network with probdefense.deterministic(net)")
+    x, y = check_examples(gather(loader))
     _warn_of_part(defense, len(y))
     base = _at_means(defense)
     path, features = _features(base, x)
@@ -164,9 +165,10 @@ def nuts(
         Traceback (most recent call last):
         ValueError: site 'input_noise' is drawn for every example: ...
     """
-    for name, count in (("num_samples", num_samples), ("num_chains", num_chains)):
-        check_count(name, count)
-    x, y = gather(loader)
+    seed, num_samples = check_seed(seed), check_count("num_samples", num_samples)
+    num_warmup, num_chains = check_count("num_warmup", num_warmup, 0), check_count("num_chains", num_chains)
+    check_kind("defense", defense, Defense, "wrap a network with probdefense.deterministic(net)")
+    x, y = check_examples(gather(loader))
     _warn_of_part(defense, len(y))
     model: Any = copy.deepcopy(defense.model).eval().requires_grad_(False)
     _refuse_unfit_sites(model, x, y)
@@ -214,7 +216,7 @@ def compare_to_gold(
         >>> compare_to_gold(defense, defense, data).agreement
         1.0
     """
-    x, _ = data
+    seed, (x, _) = check_seed(seed), check_examples(data)
     ours, theirs = (predict(d, x, num_samples, seed=derive(seed, k)) for k, d in enumerate((defense, gold)))
     reports = [
         evaluate(d, data, attacks, eps=eps, num_samples=num_samples, seed=seed, name=name)

@@ -16,7 +16,7 @@ from probdefense.ops import entropy
 from probdefense.prediction.sequential import settle
 from probdefense.rng import forked
 from probdefense.types import Inputs, Logits, LogitsFn
-from probdefense.validation import check_answer, check_count, check_inputs, check_share
+from probdefense.validation import check_answer, check_count, check_inputs, check_seed, check_share
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,10 +119,9 @@ def predict(
         >>> bool((sequential.num_samples <= 20).all())
         True
     """
-    check_count("num_samples", num_samples)
-    check_inputs(x)
-    if alpha is not None:
-        check_share("alpha", alpha)
+    num_samples, x = check_count("num_samples", num_samples), check_inputs(x)
+    seed = None if seed is None else check_seed(seed)
+    alpha = None if alpha is None else check_share("alpha", alpha)
     logits_fn = as_logits_fn(logits_fn)
     with torch.no_grad(), forked(seed, x.device):
         if alpha is not None and logits_fn.stochastic:

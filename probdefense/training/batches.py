@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Labels
-from probdefense.validation import check_inputs, check_labels
+from probdefense.validation import check_examples
 
 Batches = Iterable[tuple[Inputs, Labels]]
 
@@ -78,10 +78,7 @@ def checked(batch: Any) -> tuple[Inputs, Labels]:
     """
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise TypeError(_unfit("batches (x, y)", batch))
-    x, y = batch
-    check_inputs(x)
-    check_labels(y, len(x))
-    return x, y
+    return check_examples(batch)
 
 
 def _unfit(expected: str, got: Any) -> str:

@@ -25,15 +25,29 @@ from probdefense.validation import (
     check_count,
     check_eps,
     check_finite_logits,
+    check_function,
     check_inputs,
+    check_kind,
     check_labels,
+    check_like,
     check_logits,
     check_norm,
     check_positive,
+    check_share,
 )
 
 POSITIVE = ("step_size", "learning_rate", "h", "sigma", "init_eps", "init_c", "c")
 NOT_NEGATIVE = ("momentum", "alpha", "beta", "confidence", "overshoot")
+SHARES = {"gamma": "()", "area": "(]"}
+FLAGS = ("random_start", "active_set", "frozen")
+FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "loss": ("logits", "y"),
+    "rule": ("logits",),
+    "attack": ("logits_fn", "x", "y"),
+    "inner": ("logits_fn", "x", "y"),
+    "net": (),
+}
+"""Settings that are functions, with their arguments."""
 
 
 def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
@@ -57,10 +71,15 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
     ) -> Inputs:
         inspect.signature(public).bind(logits_fn, x, y, **options)
         logits_fn = as_logits_fn(logits_fn)
-        check_inputs(x)
+        x = check_inputs(x)
         check_labels(y, len(x))
-        _check_options(options, y)
-        seed = generator if seed is None else seed
+        parameters = inspect.signature(public).parameters
+        options = {
+            name: value if value is parameters[name].default is None else _checked_option(name, value, x, y)
+            for name, value in options.items()
+        }
+        max_batch = len(x) if max_batch is None else check_count("max_batch", max_batch)
+        seed = _one_source(seed, generator)
         with outside_inference():
             stream, x_adv = Stream.of(seed, x), torch.empty_like(x)
             given = {name: workable(value) for name, value in {**options, "x": x, "y": y}.items()}
@@ -167,32 +186,49 @@ def _warn_of_probabilities(logits: Logits) -> None:
         )
 
 
-def _check_options(options: dict[str, Any], y: Labels) -> None:
-    """Checks settings by name: a name means the same in every attack."""
-    for name, value in options.items():
-        if name == "eps":
-            check_eps(value, len(y))
-        elif name == "norm":
-            check_norm(value)
-        elif name == "target" and value is not None:
-            check_labels(value, len(y), "target")
-            if bool((value == y).any()):
-                raise ValueError("expected target labels other than y, got some that are equal")
-        elif name.startswith("num_") or name in ("repeats", "max_queries", "budget"):
-            if value is not None:
-                check_count(name, value)
-        elif name in POSITIVE and value is not None:
-            check_positive(name, value)
-        elif name in NOT_NEGATIVE and value is not None:
-            check_positive(name, value, zero=True)
-        elif name == "gamma" and not 0 < value < 1:
-            raise ValueError(f"expected 0 < gamma < 1, got {value}")
+def _one_source(seed: Any, generator: Any) -> Any:
+    """Whichever of the two words for the source of random numbers was used."""
+    if generator is None:
+        return seed
+    check_kind("generator", generator, torch.Generator, "give an integer as seed=")
+    if seed is not None:
+        raise ValueError("expected seed or generator, got both; they are two words for one thing")
+    return generator
 
 
-def _chunks(total: int, size: int | None) -> list[slice]:
-    if size is None:
-        return [slice(0, total)]
-    check_count("max_batch", size)
+def _checked_option(name: str, value: Any, x: Inputs, y: Labels) -> Any:
+    """A setting, checked by its name, which means the same in every attack."""
+    if name == "eps":
+        return check_eps(value, len(y))
+    if name == "norm":
+        return check_norm(value)
+    if name == "target":
+        return _checked_target(value, y)
+    if name in FUNCTIONS:
+        check_function(name, value, *FUNCTIONS[name])
+    elif name in FLAGS:
+        check_kind(name, value, bool, "give True or False")
+    elif name == "start":
+        return check_like(value, x, name)
+    elif name.startswith("num_") or name in ("repeats", "max_queries", "budget"):
+        return check_count(name, value)
+    elif name in POSITIVE or name in NOT_NEGATIVE:
+        return check_positive(name, value, zero=name in NOT_NEGATIVE)
+    elif name in SHARES:
+        return check_share(name, value, ends=SHARES[name])
+    return value
+
+
+def _checked_target(target: Any, y: Labels) -> Labels:
+    check_labels(target, len(y), "target")
+    if bool((target == y).any()):
+        raise ValueError(
+            "expected target labels other than y, got some that are equal; (y + 1) % num_classes is a choice"
+        )
+    return target
+
+
+def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, total, size)]
 
 
@@ -206,5 +242,8 @@ def _rows(value: Any, rows: slice, total: int) -> Any:
 def _checked(x_adv: Inputs, name: str) -> Inputs:
     if not bool(torch.isfinite(x_adv).all()):
         bad = (~torch.isfinite(x_adv)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise FloatingPointError(f"{name} produced NaN or infinite pixels for examples {bad[:10]}")
+        raise FloatingPointError(
+            f"expected finite pixels, {name} produced NaN or infinity for examples {bad[:10]}; look for huge "
+            "gradients in the network, or lower the step size"
+        )
     return x_adv

@@ -74,9 +74,8 @@ def gradient_signal(
         >>> gradient_signal(net, torch.rand(2, 4), torch.tensor([0, 1])).agreement
         tensor([1., 1.])
     """
-    check_inputs(x)
+    x, num_samples = check_inputs(x), check_count("num_samples", num_samples, 2)
     check_labels(y, len(x))
-    check_count("num_samples", num_samples, 2)
     one_draw = Samples(guarded(as_logits_fn(logits_fn), x, y, where="gradient_signal"), 1)
     with outside_inference(), forked(None if seed is None else Stream.of(seed, x).seed(), x.device):
         x, climbed = workable(x), climb(loss, workable(y))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, LossFn
+from probdefense.validation import check_values
 
 
 def ask(logits_fn: LogitsFn, x: Inputs, num_samples: int | None = None) -> Logits:
@@ -28,12 +29,19 @@ def climb(loss: LossFn, y: Labels, target: Labels | None = None) -> Callable[[Lo
 
     A loss with a form of its own for targets carries it as the attribute ``toward``.
     """
-    if target is None:
-        return lambda logits: loss(logits, y)
-    toward = getattr(loss, "toward", None)
-    if toward is not None:
-        return lambda logits: toward(logits, y, target)
-    return lambda logits: -loss(logits, target)
+
+    def climbed(logits: Logits) -> Tensor:
+        toward = getattr(loss, "toward", None)
+        if target is None:
+            values = loss(logits, y)
+        elif toward is not None:
+            values = toward(logits, y, target)
+        else:
+            values = loss(logits, target)
+        values = check_values(values, y.shape, "loss")
+        return values if target is None or toward is not None else -values
+
+    return climbed
 
 
 def input_gradient(
@@ -109,8 +117,9 @@ def _forward(
 
 
 def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) -> Tensor:
-    every = torch.ones_like(values)
-    (gradient,) = torch.autograd.grad(values, point, every, retain_graph=keep, allow_unused=True)
+    with torch.enable_grad():
+        total = values.sum()  # of a scalar: for given slopes of the values torch would load a compiler
+    (gradient,) = torch.autograd.grad(total, point, retain_graph=keep, allow_unused=True)
     if gradient is None:
         raise _detached(where)
     # One sum sees every NaN and infinity; which examples they are in is asked only then.
@@ -118,14 +127,14 @@ def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) 
         bad = (~torch.isfinite(gradient.flatten(1)).all(1)).nonzero().flatten().tolist()
         if bad:
             raise FloatingPointError(
-                f"NaN or infinite gradient in {where} for examples {bad[:10]}; check the network for "
-                "operations such as sqrt or log at 0"
+                f"expected a finite gradient, got NaN or infinity in {where} for examples {bad[:10]}; check "
+                "the network for operations such as sqrt or log at 0"
             )
     return gradient
 
 
 def _detached(where: str) -> ValueError:
     return ValueError(
-        f"the logits do not depend on x differentiably (in {where}); remove a detach() or no_grad() from "
-        "the network, or use bpda or a gradient-free attack"
+        f"expected logits with a gradient, got some that do not depend on x differentiably (in {where}); "
+        "remove a detach() or no_grad() from the network or the loss, or use bpda or a gradient-free attack"
     )

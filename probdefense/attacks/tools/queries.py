@@ -62,7 +62,10 @@ class Queries:
         self.draws, self.goal = len(first), goal.measured(first)
         if frozen and logits_fn.stochastic:
             if not can_freeze(logits_fn):
-                raise ValueError("frozen=True needs a defense that can freeze its draws; this one cannot")
+                raise ValueError(
+                    "expected a defense that can freeze its draws with frozen=True, got one that cannot; "
+                    "leave frozen out"
+                )
             self.logits_fn = logits_fn.freeze(self.draws)
 
     @property
@@ -98,8 +101,8 @@ class Queries:
         cost, left = points * self.draws, self.max_queries - self.spent - reserve
         if left < cost:
             raise ValueError(
-                f"max_queries={self.max_queries} does not pay for one step: {self.spent + cost + reserve} "
-                f"are needed with {self.draws} draws per answer; raise it or ask for fewer draws"
+                f"expected max_queries of at least {self.spent + cost + reserve}, which one step takes with "
+                f"{self.draws} draws per answer, got {self.max_queries}; raise it or ask for fewer draws"
             )
         return left // cost
 

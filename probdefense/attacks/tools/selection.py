@@ -126,7 +126,10 @@ def check_active_set(active_set: bool, logits_fn: LogitsFn) -> None:
         ValueError: an active set on a random function.
     """
     if active_set and logits_fn.stochastic:
-        raise ValueError("active_set=True needs a function without randomness; freeze the defense first")
+        raise ValueError(
+            "expected a function without randomness with active_set=True, got a random one; freeze the "
+            "defense first"
+        )
 
 
 class Best:

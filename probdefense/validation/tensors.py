@@ -1,43 +1,87 @@
-"""The public border: every message says what was expected, what came and what to do."""
+"""Examples, labels and logits: what may come in, and what a network may answer."""
 
-import inspect
 import math
-from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from probdefense.validation.settings import kind_of
+
+ROUNDING = 1e-6
+"""How far outside [0, 1] pixels may lie by rounding, in float32 or better."""
 
 
-def check_inputs(x: Any, name: str = "x") -> None:
+def check_inputs(x: Any, name: str = "x") -> Tensor:
     """Refuses anything but a non-empty float batch with values in [0, 1].
+
+    Returns:
+        The batch; values that rounding carried out of the box are put back onto its edge.
 
     Raises:
         TypeError: not a tensor, or integer images.
         ValueError: no batch axis, empty, not finite, or outside [0, 1].
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"expected {name} as a torch.Tensor (batch, *event), got {type(x).__name__}")
+        raise TypeError(
+            f"expected {name} as a torch.Tensor (batch, *event), got {kind_of(x)}; convert with "
+            f"torch.as_tensor({name}, dtype=torch.float32)"
+        )
     if not x.is_floating_point():
         raise TypeError(
             f"expected float {name} in [0, 1], got {x.dtype}; divide integer images by 255 first; tokens are "
             "out of scope: give the network embeddings, scaled to [0, 1], or attack text with TextAttack"
         )
+    _check_stored(x, name)
     if x.dim() < 2:
         raise ValueError(
             f"expected {name} with a batch axis, (batch, *event), got shape {tuple(x.shape)}; "
             "add the axis with x.unsqueeze(0)"
         )
     if x.numel() == 0:
-        raise ValueError(f"expected at least one example in {name}, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"expected at least one example in {name}, got shape {tuple(x.shape)}; leave empty batches out"
+        )
+    return _in_box(x, name)
+
+
+def _in_box(x: Tensor, name: str) -> Tensor:
     low, high = (float(value) for value in torch.aminmax(x.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"expected finite values in {name}, got NaN or infinity; clean the data first")
-    if low < 0 or high > 1:
+    rounding = max(ROUNDING, torch.finfo(x.dtype).eps)
+    if low < -rounding or high > 1 + rounding:
         raise ValueError(
             f"expected {name} in [0, 1], got values in [{low:.4g}, {high:.4g}]; "
             "rescale the data and normalize inside the network with probdefense.nn.Normalize"
         )
+    return x if low >= 0 and high <= 1 else x.clamp(0, 1)
+
+
+def _check_stored(x: Tensor, name: str) -> None:
+    if x.device.type == "meta" or x.layout != torch.strided:
+        came = "one on the meta device" if x.device.type == "meta" else f"one of layout {x.layout}"
+        raise ValueError(
+            f"expected {name} as a dense tensor with values, got {came}; move it with .to('cpu') or "
+            ".to_dense()"
+        )
+
+
+def check_like(value: Any, x: Tensor, name: str) -> Tensor:
+    """Refuses anything but inputs of the event shape of `x`, of any number; returns them.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: bad inputs, or others than `x` in shape.
+    """
+    value = check_inputs(value, name)
+    if value.shape[1:] != x.shape[1:]:
+        event = ", ".join(map(str, x.shape[1:]))
+        raise ValueError(
+            f"expected {name} of shape (batch, {event}), as x, got {tuple(value.shape)}; give inputs of one "
+            "size"
+        )
+    return value
 
 
 def check_labels(y: Any, batch: int, name: str = "y") -> None:
@@ -51,8 +95,12 @@ def check_labels(y: Any, batch: int, name: str = "y") -> None:
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"expected {name} as int64 class indices, got {kind}; {_to_labels(y, name)}")
     if y.shape != (batch,):
-        raise ValueError(f"expected {name} of shape ({batch},), one label per example, got {tuple(y.shape)}")
-    if int(y.min()) < 0:
+        raise ValueError(
+            f"expected {name} of shape ({batch},), one label per example, got {tuple(y.shape)}; inputs and "
+            "labels belong together row by row"
+        )
+    _check_stored(y, name)
+    if batch and int(y.min()) < 0:
         raise ValueError(f"expected {name} >= 0, got {int(y.min())}; labels are class indices from 0")
 
 
@@ -68,6 +116,23 @@ def _to_labels(y: Any, name: str) -> str:
             f"torch.bucketize({name}, boundaries)"
         )
     return f"convert with {name}.long()"
+
+
+def check_examples(data: Any, name: str = "data") -> tuple[Tensor, Tensor]:
+    """Refuses anything but a pair of inputs and labels; returns it, see `check_inputs`.
+
+    Raises:
+        TypeError: not a pair of tensors.
+        ValueError: bad inputs or labels.
+    """
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise TypeError(
+            f"expected {name} as a pair (x, y) of tensors, got {kind_of(data)}; join the batches of a loader "
+            "with torch.cat"
+        )
+    x = check_inputs(data[0])
+    check_labels(data[1], len(x))
+    return x, data[1]
 
 
 def check_classes(y: Tensor, num_classes: int, name: str = "y") -> None:
@@ -150,97 +215,24 @@ def check_answer(logits: Any, batch: int, where: str) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuses anything but an integer of at least `least`.
+def check_values(values: Any, shape: tuple[int, ...], what: str) -> Tensor:
+    """Refuses anything but a tensor of that shape from a user's function of logits; returns it.
 
     Raises:
-        TypeError: not an integer.
-        ValueError: too small.
+        TypeError: not a tensor.
+        ValueError: another shape.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected {name} as an integer, got {type(value).__name__} {value!r}")
-    if value < least:
-        raise ValueError(f"expected {name} >= {least}, got {value}")
-
-
-def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
-    """Refuses anything but a finite positive number (or, with `zero`, a non-negative one).
-
-    Raises:
-        TypeError: not a number.
-        ValueError: not finite or too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected {name} as a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"expected {name} {'>=' if zero else '>'} 0 and finite, got {value}")
-
-
-def check_share(name: str, value: Any) -> None:
-    """Refuses anything but a number strictly between 0 and 1.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: outside (0, 1).
-    """
-    check_positive(name, value)
-    if value >= 1:
-        raise ValueError(f"expected 0 < {name} < 1, got {value}")
-
-
-def check_eps(eps: Any, batch: int | None = None) -> None:
-    """Refuses a radius that is negative, not finite, or not one number or one per example.
-
-    Raises:
-        TypeError: not a number or tensor.
-        ValueError: negative, not finite, or the wrong shape.
-    """
-    if isinstance(eps, Tensor):
-        if eps.dim() > 1 or (eps.dim() == 1 and batch is not None and len(eps) != batch):
-            raise ValueError(
-                f"expected eps as one number or one per example ({batch},), got shape {tuple(eps.shape)}"
-            )
-        if not bool(torch.isfinite(eps).all()) or bool((eps < 0).any()):
-            raise ValueError("expected eps >= 0 and finite, in pixels, got a negative or non-finite value")
-        return
-    check_positive("eps", eps, zero=True)
-
-
-def check_norm(norm: Any) -> None:
-    """Refuses a norm other than 1, 2 and infinity.
-
-    Raises:
-        ValueError: another norm.
-    """
-    if norm not in (1, 2, math.inf):
-        raise ValueError(f"expected norm 1, 2 or math.inf, got {norm!r}")
-
-
-def check_function(name: str, value: Any, *arguments: str, **options: Any) -> None:
-    """Refuses what cannot be called with these arguments and options.
-
-    Raises:
-        TypeError: not a function, or one of other arguments.
-    """
-    wanted = f"expected {name} as a function of ({', '.join((*arguments, *options))})"
-    if not callable(value):
-        raise TypeError(f"{wanted}, got {type(value).__name__} {value!r:.60}")
-    with suppress(ValueError):  # of some builtin functions nobody knows the arguments
-        signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
-        try:
-            signature.bind(*arguments, **options)
-        except TypeError as error:
-            raise TypeError(f"{wanted}, got one of {signature}: {error}; wrap it in a lambda") from error
-
-
-def check_member(name: str, value: str, known: Any) -> None:
-    """Refuses a name that is not among the known ones, and lists them.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
+    axes = {1: "(batch,)", 2: "(batch, classes)"}.get(len(shape), "")
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"expected the {what} to give a tensor {axes}, got {kind_of(values)}; return torch's numbers"
+        )
+    if values.shape != shape:
+        raise ValueError(
+            f"expected the {what} to give {axes}, here {tuple(shape)}, got {tuple(values.shape)}; logits "
+            "come as (samples, batch, classes): reduce the axis of draws, and keep the others"
+        )
+    return values
 
 
 def check_finite_logits(logits: Tensor, where: str, examples: Tensor | None = None) -> None:

@@ -1,0 +1,216 @@
+"""Settings: numbers, seeds, radii, functions and names, in the form that the library works with."""
+
+import inspect
+import math
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Refuses anything but an integer of at least `least`; returns it.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: too small.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(
+            f"expected {name} as an integer, got {kind_of(value)}; give a whole number of at least {least}"
+        )
+    if number < least:
+        raise ValueError(f"expected {name} >= {least}, got {number}; give a whole number of at least {least}")
+    return number
+
+
+def check_seed(seed: Any, name: str = "seed") -> int:
+    """Refuses anything but a non-negative integer of 63 bits; returns it.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: negative or too large.
+    """
+    number = check_count(name, seed, least=0)
+    if number >= 2**63:
+        raise ValueError(f"expected {name} below 2**63, got {number}; give a smaller number")
+    return number
+
+
+def check_seeds(seeds: Any, batch: int) -> Tensor:
+    """Refuses anything but integers, one per example; returns them, int64 ``(batch,)``.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: another number of them.
+    """
+    given = torch.as_tensor(seeds)
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(
+            f"expected seed as an integer, or one per example, got {given.dtype}; convert with .long()"
+        )
+    if given.shape != (batch,):
+        raise ValueError(
+            f"expected seed as one number, or one seed per example ({batch},), got shape "
+            f"{tuple(given.shape)}; torch.arange(len(x)) is one choice"
+        )
+    return given.long()
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy or a tensor of one number as Python's number; anything else as it is."""
+    stored = getattr(getattr(value, "device", None), "type", "cpu") != "meta"
+    single = stored and hasattr(value, "item") and getattr(value, "shape", None) == ()
+    return value.item() if single else value
+
+
+def check_positive(name: str, value: Any, *, zero: bool = False) -> float:
+    """Refuses anything but a finite positive number (or, with `zero`, a non-negative one); returns it.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite or too small.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"expected {name} as a number, got {kind_of(value)}; give one finite number")
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        least = "of at least 0" if zero else "above 0"
+        raise ValueError(
+            f"expected {name} {'>=' if zero else '>'} 0 and finite, got {number}; give one number {least}"
+        )
+    return number
+
+
+def check_share(name: str, value: Any, *, ends: str = "()") -> float:
+    """Refuses anything but a number between 0 and 1; returns it.
+
+    Args:
+        name: For the message.
+        value: What came.
+        ends: ``"()"`` without the ends, ``"[]"`` with both, ``"[)"`` or ``"(]"``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: outside.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"expected {name} as a number, got {kind_of(value)}; give one between 0 and 1")
+    inside = 0 < number < 1 or (number == 0 and ends[0] == "[") or (number == 1 and ends[1] == "]")
+    if not inside:
+        low, high = ("<=" if ends[0] == "[" else "<"), ("<=" if ends[1] == "]" else "<")
+        raise ValueError(f"expected 0 {low} {name} {high} 1, got {number}; give a share between 0 and 1")
+    return number
+
+
+def check_eps(eps: Any, batch: int | None = None) -> Any:
+    """Refuses a radius that is negative, not finite, or not one number or one per example; returns it.
+
+    Raises:
+        TypeError: not a number, tensor or array.
+        ValueError: negative, not finite, or the wrong shape.
+    """
+    if not hasattr(eps, "shape") or eps.shape == ():
+        return check_positive("eps", eps, zero=True)
+    radii = torch.as_tensor(eps)
+    if radii.dtype == torch.bool or radii.is_complex():
+        raise TypeError(f"expected eps as numbers, got {radii.dtype}; give radii in pixels")
+    if batch is None or radii.shape != (batch,):
+        wanted = "one number" if batch is None else f"one number or one per example ({batch},)"
+        raise ValueError(
+            f"expected eps as {wanted}, got shape {tuple(radii.shape)}; give one radius, or a flat tensor of "
+            "as many as there are examples"
+        )
+    if not bool(torch.isfinite(radii).all()) or bool((radii < 0).any()):
+        raise ValueError(
+            "expected eps >= 0 and finite, in pixels, got a negative or non-finite value; look at eps.min() "
+            "and eps.max()"
+        )
+    return radii if radii.is_floating_point() else radii.float()
+
+
+def check_norm(norm: Any) -> float:
+    """Refuses a norm other than 1, 2 and infinity; returns it.
+
+    Raises:
+        ValueError: another norm.
+    """
+    number = plain(norm)
+    if isinstance(number, bool) or not isinstance(number, int | float) or number not in (1, 2, math.inf):
+        raise ValueError(
+            f"expected norm 1, 2 or math.inf, got {kind_of(norm)}; name one of the three as a number"
+        )
+    return number
+
+
+def check_function(name: str, value: Any, *arguments: str, **options: Any) -> None:
+    """Refuses what cannot be called with these arguments and options.
+
+    Raises:
+        TypeError: not a function, or one of other arguments.
+    """
+    wanted = f"expected {name} as a function of ({', '.join((*arguments, *options))})"
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{wanted}, got {kind_of(value)}; pass the function itself, or a lambda")
+    with suppress(ValueError):  # of some builtin functions nobody knows the arguments
+        signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
+        try:
+            signature.bind(*arguments, **options)
+        except TypeError as error:
+            raise TypeError(f"{wanted}, got one of {signature}: {error}; wrap it in a lambda") from error
+
+
+def check_attack(value: Any, name: str = "attack") -> None:
+    """Refuses what cannot be called with a function, inputs and labels; options may come later.
+
+    Raises:
+        TypeError: not a function, or one of other arguments.
+    """
+    wanted = f"expected {name} as a function of (logits_fn, x, y, ...)"
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(
+            f"{wanted}, got {kind_of(value)}; pass the function itself, such as probdefense.attacks.pgd"
+        )
+    with suppress(ValueError):
+        signature = inspect.signature(value)
+        try:
+            signature.bind_partial(*"fxy")
+        except TypeError as error:
+            raise TypeError(f"{wanted}, got one of {signature}: {error}; wrap it in a lambda") from error
+
+
+def check_member(name: str, value: Any, known: Any) -> None:
+    """Refuses a name that is not among the known ones, and lists them.
+
+    Raises:
+        TypeError: not a text.
+        ValueError: unknown name.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"expected {name} as a text, got {kind_of(value)}; known: {', '.join(sorted(known))}")
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(sorted(known))}")
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], way: str) -> None:
+    """Refuses what is not of a class; `way` says how to get one.
+
+    Raises:
+        TypeError: another class.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise TypeError(
+            f"expected {name} as {' or '.join(k.__name__ for k in kinds)}, got {kind_of(value)}; {way}"
+        )
+
+
+def kind_of(value: Any) -> str:
+    """What came, in a few words."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"{type(value).__name__} of shape {tuple(shape)} and {getattr(value, 'dtype', 'no dtype')}"
+    return f"{type(value).__name__} {value!r:.60}"

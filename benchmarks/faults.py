@@ -310,15 +310,7 @@ def main(names: list[str]) -> None:
     for name in names or FAULTS:
         fault = FAULTS[name]
         with tempfile.TemporaryDirectory() as scratch:
-            for part in (
-                "probdefense",
-                "tests",
-                "pyproject.toml",
-                "benchmarks",
-                "examples",
-                "docs",
-                "README.md",
-            ):
+            for part in PARTS:
                 source = ROOT / part
                 copy = shutil.copytree if source.is_dir() else shutil.copy
                 copy(source, Path(scratch) / part)

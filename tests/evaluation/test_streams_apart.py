@@ -60,7 +60,9 @@ def test_every_verdict_draw_is_another(name):
 
 
 def test_two_attacks_have_seeds_of_their_own():
-    defense, (x, y), seeds, draws = defended("rse"), tiny_batch(4), [], []
+    """And every chunk has, and every radius: the same images twice are drawn for anew."""
+    defense, (x, y), seeds, draws = defended("rse"), tiny_batch(2), [], []
+    x, y = x.repeat(2, 1, 1, 1), y.repeat(2)
 
     def listening(f, x, y, *, eps, seed):
         seeds.append(tuple(seed.tolist()))

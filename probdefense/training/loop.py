@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from probdefense.nn.passes import explained
 from probdefense.objectives import Schedule, elbo
 from probdefense.progress import progress_bar
+from probdefense.training.averages import Average, Mean, check_average
 from probdefense.training.batches import Batches, batches, check_loader, length, num_examples, seeded
 from probdefense.training.schedules import Pace
 from probdefense.types import Labels, Objective, Step
-from probdefense.validation import check_count, check_function, check_positive
+from probdefense.validation import check_count, check_function, check_positive, check_seed
 
 
 @dataclass
@@ -46,6 +47,7 @@ def fit(
     schedule: Any = None,
     kl_schedule: Schedule | None = None,
     validation: Callable[[Any], float] | None = None,
+    average: Average | None = None,
     callbacks: Sequence[Callable[[int, History], None]] = (),
     max_grad_norm: float | None = 10.0,
     seed: int | None = None,
@@ -69,6 +71,8 @@ def fit(
         kl_schedule: Multiplier of the KL weight as a function of progress in [0, 1], passed to the
             objective as ``kl_weight``.
         validation: ``validation(defense) -> number`` after every epoch, in evaluation mode.
+        average: ``training.ema(decay)`` or ``training.swa(start)``: the average of the weights, which
+            validation and callbacks see and which is left at the end; the steps go on from the last.
         callbacks: ``callback(epoch, history)`` after every epoch, counted from 0.
         max_grad_norm: Gradients are clipped to this total L2 norm; None switches it off.
         seed: Of all that torch draws meanwhile: the model, the attack, the order of the loader. Nothing
@@ -81,7 +85,8 @@ def fit(
     Raises:
         TypeError: something else than a `Defense`, a loader of pairs of tensors, or functions.
         ValueError: nothing to train, `num_data` other than the data set's size, an epoch without a
-            batch, a schedule that needs a length the loader does not have, or bad data.
+            batch, a schedule that needs a length the loader does not have, an average without an epoch,
+            or bad data.
         FloatingPointError: the loss became NaN or infinite; the message says where.
 
     Examples:
@@ -93,10 +98,10 @@ def fit(
     """
     size, total = _check_data(defense, loader, epochs)
     _check_functions(objective, kl_schedule, validation, callbacks)
+    check_average(average, epochs)
     if max_grad_norm is not None:
         check_positive("max_grad_norm", max_grad_norm)
-    if seed is not None:
-        check_count("seed", seed, least=0)
+    seed = None if seed is None else check_seed(seed)
     pace = Pace(schedule)
     pace.check(optimizer, total, validation is not None)
     if kl_schedule is not None and total is None:
@@ -106,6 +111,7 @@ def fit(
         )
     optimizer = _check_optimizer(defense, optimizer)
     device, done, history = next(defense.parameters()).device, 0, History()
+    mean = Mean(average, defense)
     with seeded(seed, loader, device), _modes_kept(defense), progress_bar("fit", total, progress) as advance:
         for epoch in range(epochs):
             defense.train()
@@ -118,12 +124,16 @@ def fit(
                     _check_loss(loss, epoch, done)
                     _descend(loss, optimizer, max_grad_norm)
                     pace.after_step()
+                    mean.after_step()
                     meter.add(loss, len(x))
                     done += 1
                     advance()
-            _end_epoch(defense, history, validation, pace)
-            for callback in callbacks:
-                callback(epoch, history)
+            mean.after_epoch(epoch)
+            with mean.shown():
+                _end_epoch(defense, history, validation, pace)
+                for callback in callbacks:
+                    callback(epoch, history)
+        mean.keep()
     return history
 
 

@@ -76,7 +76,7 @@ class Model(nn.Module):
         """Local sites in the order in which the network meets them, for inputs like `x`."""
         key = tuple(x.shape[1:])
         if key not in self._uses:
-            with GLOBAL, self.turn:  # in this order everywhere; a network without a meta pass runs seeded
+            with GLOBAL, self.turn:  # in this order everywhere; the network runs seeded
                 self._uses[key] = self._find_uses(x) if self.holes else []
         return self._uses[key]
 

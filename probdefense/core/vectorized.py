@@ -8,11 +8,12 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import vmap
-from torch.utils.checkpoint import checkpoint
 
 from probdefense.core.families import divergence
 from probdefense.core.programs import Guide, Model, block
@@ -83,7 +84,7 @@ class Vectorized:
             for rows in _ranges(len(x), max_batch or ROWS):
                 one = partial(self._pass, stream, draws, rows, shared, state)
                 piece = x[rows.start : rows.stop]
-                blocks.append(_run_again_in_backward(one, piece) if frugal else one(piece))
+                blocks.append(_RunAgain.apply(one, piece) if frugal else one(piece))
             parts.append(torch.cat(blocks, dim=1))
         return torch.cat(parts)
 
@@ -282,8 +283,26 @@ class Frozen:
         return {name: value[draws.start : draws.stop] for name, value in self.kept[key].items()}
 
 
-def _run_again_in_backward(one: Callable[[Inputs], Tensor], x: Inputs) -> Tensor:
-    return checkpoint(one, x, use_reentrant=False, preserve_rng_state=False)
+class _RunAgain(torch.autograd.Function):
+    """A pass that remembers its input alone and is run again in the backward pass.
+
+    As torch's checkpoint, which loads torch's compiler, with gradients in the input only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, one: Callable[[Inputs], Tensor], x: Inputs) -> Tensor:
+        ctx.one = one
+        ctx.save_for_backward(x)
+        return one(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[None, Tensor]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            climbed = (ctx.one(point) * slopes).sum()
+        return None, torch.autograd.grad(climbed, point)[0]
 
 
 def _has(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:

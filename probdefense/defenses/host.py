@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from probdefense.core.defense import Defense
 from probdefense.core.sites import Site, removed
-from probdefense.nn.passes import held_still, input_shapes, inputs_seen, run_on_meta, run_on_zeros
+from probdefense.nn.passes import held_still, input_shapes, inputs_seen, run_on_nothing, run_on_zeros
 from probdefense.nn.relus import FUNCTIONAL, Where, relu_paths
 from probdefense.types import Inputs
 
@@ -147,12 +147,12 @@ def _guessed(
 ) -> tuple[Shapes, Inputs | None]:
     """As seen by the first guess that the network takes, else one that has all layers run before it fails."""
     guesses, enough = list(_guesses(net, paths)), None
-    tries = [*((run_on_meta, x) for x in guesses), *((run_on_zeros, x) for x in guesses[:6])]
+    tries = [(run, x) for run in (run_on_nothing, run_on_zeros) for x in guesses]
     for run, x in tries:
         with inputs_seen(net, paths) as met, torch.no_grad(), held_still(net):
             try:
                 run(net, x, given)
-            except Exception:  # a wrong guess, or a network that does not run on the meta device
+            except Exception:  # a wrong guess, or a network that takes no empty batch
                 enough = met if len(met) == len(paths) and enough is None else enough
             else:
                 return met, x

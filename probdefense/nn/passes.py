@@ -1,6 +1,7 @@
 """Running a network without consequences: no running statistics, no arithmetic where none is needed."""
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -81,31 +82,31 @@ def averaging(net: nn.Module) -> set[str]:
 def dry_run(
     net: nn.Module, x: Inputs, restart: Callable[[], None], given: Mapping[str, Tensor] = NONE
 ) -> None:
-    """Runs a network on one example like `x`, on the meta device: no arithmetic, no random numbers.
+    """Runs a network on no examples like `x`: no arithmetic, and no compiler, as the meta device loads it.
 
-    A network that cannot run there (it makes tensors of its own) runs once on zeros instead, after a
-    call of `restart` to forget what the first attempt left. `given` are the parameters that the
+    A network that takes no empty batch (it has ``view(len(x), -1)``) runs once on zeros instead, after
+    a call of `restart` to forget what the first attempt left. `given` are the parameters that the
     network lacks.
     """
     with torch.no_grad(), held_still(net):
         try:
-            run_on_meta(net, x, given)
-        except Exception:  # whatever a network says that cannot run there: the run on zeros tells
+            run_on_nothing(net, x, given)
+        except Exception:  # whatever a network says to an empty batch: the run on zeros tells
             restart()
             run_on_zeros(net, x, given)
 
 
-def run_on_meta(net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = NONE) -> None:
-    """One example like `x` through the shapes of a network."""
-    state: dict[str, Tensor] = dict(net.named_parameters()) | dict(net.named_buffers()) | dict(given)
-    meta = {name: value.to("meta") for name, value in state.items()}
-    functional_call(net, meta, (torch.empty((1, *x.shape[1:]), dtype=x.dtype, device="meta"),))
+def run_on_nothing(net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = NONE) -> None:
+    """An empty batch like `x` through a network, with a random state of its own."""
+    with forked(0, x.device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of averages over nothing
+        functional_call(net, dict(given), (x.new_zeros((0, *x.shape[1:])),))
 
 
 def run_on_zeros(net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = NONE) -> None:
     """One black example like `x` through a network, with a random state of its own."""
     with forked(0, x.device), explained(x):
-        functional_call(net, dict(given), (torch.zeros_like(x[:1]),))
+        functional_call(net, dict(given), (x.new_zeros((1, *x.shape[1:])),))
 
 
 MISFIT = re.compile(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from probdefense.nn.passes import NONE, run_on_meta, run_on_zeros
+from probdefense.nn.passes import NONE, run_on_zeros
 from probdefense.types import Inputs
 
 DETERMINISTIC = "_scaled_dot_product"
@@ -23,6 +23,11 @@ class _Draws(TorchDispatchMode):
         super().__init__()
         self.noted = noted
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would load its compiler to switch it off here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         random = torch.Tag.nondeterministic_seeded in func.tags
         if random and not func.__name__.startswith(DETERMINISTIC):
@@ -33,7 +38,7 @@ class _Draws(TorchDispatchMode):
 def random_in_training(net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = NONE) -> list[str]:
     """The modules, as ``path (class)``, in which random numbers are drawn in training mode.
 
-    One example like `x` runs on the meta device, or, where the network cannot run there, as zeros.
+    One black example like `x` runs: dropout draws nothing for an empty batch.
     """
     found: dict[str, None] = {}
     running = [net]
@@ -43,11 +48,7 @@ def random_in_training(net: nn.Module, x: Inputs, given: Mapping[str, Tensor] = 
         found[names[running[-1]]] = None
 
     with torch.no_grad(), _training(net), _followed(net, running), _Draws(note):
-        try:
-            run_on_meta(net, x, given)
-        except Exception:  # as in a dry run
-            del running[1:]
-            run_on_zeros(net, x, given)
+        run_on_zeros(net, x, given)
     return list(found)
 
 

@@ -17,17 +17,25 @@ from torch import Tensor
 
 from probdefense.evaluation.calibration import calibration
 from probdefense.evaluation.intervals import wilson
-from probdefense.evaluation.report import Report, Row
+from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.logits.losses import predictive_cross_entropy
-from probdefense.logits.rules import mean_prob
+from probdefense.logits.rules import mean_prob, of_draws
 from probdefense.ops import entropy
 from probdefense.types import Labels, Logits, LossFn
-from probdefense.validation import check_member, check_positive
+from probdefense.validation import (
+    check_function,
+    check_member,
+    check_number,
+    check_positive,
+    check_share,
+    check_vector,
+)
 
 Score = Callable[[Logits], Tensor]
 """``(samples, batch, classes) -> (batch,)``, larger is more uncertain."""
 
 
+@of_draws
 def predictive_entropy(logits: Logits) -> Tensor:
     """Entropy of the mean probability, total uncertainty, nats, ``(batch,)``.
 
@@ -41,6 +49,7 @@ def predictive_entropy(logits: Logits) -> Tensor:
     return entropy(mean_prob(logits))
 
 
+@of_draws
 def mutual_information(logits: Logits) -> Tensor:
     """What the draws disagree about, epistemic uncertainty, nats, ``(batch,)``.
 
@@ -85,7 +94,10 @@ def evading(score: Score, *, loss: LossFn | None = predictive_cross_entropy, wei
         >>> attack(defense, torch.rand(2, 4), torch.tensor([0, 1])).shape
         torch.Size([2, 4])
     """
-    check_positive("weight", weight)
+    weight = check_positive("weight", weight)
+    check_function("score", score, "logits")
+    if loss is not None:
+        check_function("loss", loss, "logits", "y")
 
     def evading_loss(logits: Logits, y: Labels) -> Tensor:
         lowered = -weight * score(logits)
@@ -122,6 +134,7 @@ def auroc(familiar: Tensor, strange: Tensor) -> Auroc:
     """
     from scipy.stats import rankdata
 
+    check_vector(familiar, "familiar"), check_vector(strange, "strange")
     inside, outside = (np.asarray(part.detach().cpu(), dtype=float) for part in (familiar, strange))
     n, m = len(inside), len(outside)
     ranks = rankdata(np.concatenate([inside, outside]))
@@ -162,9 +175,8 @@ def threshold(familiar: Tensor, keep: float = 0.95) -> float:
         >>> threshold(torch.arange(1.0, 101.0))
         95.0
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"expected 0 < keep <= 1, got {keep}")
-    ordered = familiar.sort().values
+    keep = check_share("keep", keep, ends="(]")
+    ordered = check_vector(familiar, "familiar").sort().values
     return float(ordered[math.ceil(keep * len(ordered)) - 1])
 
 
@@ -183,7 +195,8 @@ def select(score: Tensor, correct: Tensor, limit: float) -> Selection:
         >>> select(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([True, False, False]), 0.5)
         Selection(answered=0.6666666666666666, accuracy=0.5, errors=0.3333333333333333)
     """
-    answered = score <= limit
+    check_vector(correct, "correct", len(check_vector(score, "score")))
+    answered = score <= check_number("limit", limit)
     share = float(answered.double().mean())
     errors = float((answered & ~correct.bool()).double().mean())
     return Selection(share, 1 - errors / share if share else math.nan, errors)
@@ -215,6 +228,8 @@ def uncertainty(report: Report, *, score: str = "predictive_entropy", keep: floa
         ['clean', 'fgsm']
     """
     check_member("score", score, SCORES)
+    check_report(report)
+    keep = check_share("keep", keep, ends="(]")
     rows: list[Row] = []
     clean: Tensor = torch.zeros(0)
     for defense, attack, eps in dict.fromkeys((r["defense"], r["attack"], r["eps"]) for r in report.rows):

@@ -58,12 +58,12 @@ class Checks:
         """The check of that name.
 
         Raises:
-            KeyError: no such check.
+            ValueError: no such check.
         """
         for check in self.checks:
             if check.name == name:
                 return check
-        raise KeyError(f"unknown check {name!r}; known: {', '.join(check.name for check in self.checks)}")
+        raise ValueError(f"unknown check {name!r}; known: {', '.join(check.name for check in self.checks)}")
 
     @property
     def fired(self) -> list[Check]:

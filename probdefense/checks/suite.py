@@ -15,6 +15,7 @@ from probdefense.logits.rules import mean_prob
 from probdefense.rng import derive, forked
 from probdefense.types import Attack, Inputs, Labels, LossFn, Norm, Rule
 from probdefense.validation import (
+    check_classes,
     check_count,
     check_function,
     check_inputs,
@@ -102,5 +103,6 @@ def run(
     bench = Bench(logits_fn, x, y, eps, norm, rule, loss, num_gradients, num_samples, num_verdict, seed)
     with forked(derive(seed, "checks"), x.device):
         before = answer(bench)
+        check_classes(y, before.shape[-1])
         attacked = [*gradients(bench), *optimization(bench), *comparisons(bench, gradient_free)]
         return Checks((*outputs(bench, before), *attacked))

@@ -64,9 +64,13 @@ def radii_of(eps: object) -> list[float]:
     values = eps.tolist() if hasattr(eps, "tolist") else eps
     several = [values] if isinstance(values, int | float) and not isinstance(values, bool) else values
     if isinstance(several, str) or not isinstance(several, Iterable):
-        raise TypeError(f"expected eps as one radius in pixels or several, got {type(eps).__name__} {eps!r}")
+        raise TypeError(
+            f"expected eps as one radius in pixels or several, got {type(eps).__name__} {eps!r}; give numbers"
+        )
     found = [value.item() if hasattr(value, "item") else value for value in several]
     wrong = [value for value in found if isinstance(value, bool) or not isinstance(value, int | float)]
     if wrong:
-        raise TypeError(f"expected every eps as a number, got {type(wrong[0]).__name__} {wrong[0]!r}")
+        raise TypeError(
+            f"expected every eps as a number, got {type(wrong[0]).__name__} {wrong[0]!r}; give pixels"
+        )
     return list(dict.fromkeys(float(value) for value in found))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from probdefense.types import Labels
-from probdefense.validation import check_classes, check_count, check_labels
+from probdefense.validation import check_count, check_log_probs
 
 
 class Reliability(NamedTuple):
@@ -56,9 +56,8 @@ def reliability(log_probs: Tensor, y: Labels, *, num_bins: int = 15) -> Reliabil
         >>> diagram.accuracy[13], diagram.confidence[13], diagram.size[13]
         (tensor(0.5000), tensor(0.9000), tensor(2.))
     """
-    check_labels(y, len(log_probs))
-    check_classes(y, log_probs.shape[-1])
-    check_count("num_bins", num_bins)
+    check_log_probs(log_probs, y)
+    num_bins = check_count("num_bins", num_bins)
     confidence, label = log_probs.exp().max(-1)
     # A bin is open below and closed above, so that certainty falls into the last one.
     index = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from probdefense.evaluation.arrays import radii_of
 from probdefense.evaluation.examples import chunks
 from probdefense.evaluation.intervals import wilson
 from probdefense.evaluation.journal import Book, Journal
@@ -90,7 +91,8 @@ class Certificate:
         """
         check_labels(y, len(self.label))
         rows = []
-        for radius in radii:
+        for radius in radii_of(radii):
+            check_positive("every radius", radius, zero=True)
             right = int(((self.label == y) & (self.radius >= radius)).sum())
             low, high = wilson(right, len(y))
             rows.append({"eps": float(radius), "accuracy": right / len(y), "low": low, "high": high})
@@ -215,7 +217,10 @@ def smoothing_scale(defense: Any) -> float:
         ValueError: nothing to count on.
     """
     if not hasattr(defense, "input_noise"):
-        raise TypeError(f"expected a Defense, which knows its input noise, got {type(defense).__name__}")
+        raise TypeError(
+            f"expected a Defense, which knows its input noise, got {type(defense).__name__}; make one with "
+            "probdefense.defenses.rse(net, sigma_init=0.25)"
+        )
     noise = defense.input_noise
     if noise is None:
         raise ValueError(
@@ -227,10 +232,12 @@ def smoothing_scale(defense: Any) -> float:
         )
     family, scale = noise
     if family != "normal":
-        raise ValueError(f"no certificate: the input noise is {family}, and the bound holds for normal noise")
+        raise ValueError(
+            f"no certificate: the input noise is {family}, the bound holds for normal noise; leave family out"
+        )
     smallest = float(scale.min())
     if smallest <= 0:
-        raise ValueError("no certificate: the input noise has scale 0 on some pixels")
+        raise ValueError("no certificate: the input noise has scale 0 on some pixels; give it a floor")
     return smallest
 
 

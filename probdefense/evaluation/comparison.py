@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from probdefense.evaluation.intervals import Spread, holm, mean_spread
-from probdefense.evaluation.report import Report, Row
+from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.tables import format_table
+from probdefense.validation import check_member
 
 COLUMNS = ("a", "b", "attack", "eps", "rule", "difference", "low", "high", "p_holm", "probability")
 
@@ -87,7 +88,7 @@ def compare(reports_a: Report | Sequence[Report], reports_b: Report | Sequence[R
         >>> print(compare(a, b).scope.partition(":")[0])
         one training seed
     """
-    sides = [[r] if isinstance(r, Report) else list(r) for r in (reports_a, reports_b)]
+    sides = [_several(reports) for reports in (reports_a, reports_b)]
     _check(*sides)
     return Comparison(_adjusted(_rows(*sides)), len(sides[0]))
 
@@ -112,16 +113,31 @@ def compare_all(reports: Report | Sequence[Report], *, rule: str | None = None) 
         >>> len(compare_all(a + b, rule="mean_prob").rows)
         1
     """
-    reports = [reports] if isinstance(reports, Report) else list(reports)
+    reports = _several(reports)
     names = reports[0].defenses if reports else []
     if len(names) < 2:
-        raise ValueError(f"expected reports of at least two defenses, got {len(names)}")
+        raise ValueError(
+            f"expected reports of at least two defenses, got {len(names)}; add the reports of several up"
+        )
+    if rule is not None:
+        check_member("rule", rule, {row["rule"] for report in reports for row in report.rows})
     rows: list[Row] = []
     for a, b in itertools.combinations(names, 2):
         sides = [[report.only(name) for report in reports] for name in (a, b)]
         _check(*sides)
         rows += [row for row in _rows(*sides) if rule in (None, row["rule"])]
     return Comparison(_adjusted(rows), len(reports))
+
+
+def _several(reports: Any) -> list[Report]:
+    """One report or several, as a list.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a report without rows.
+    """
+    several = [reports] if not isinstance(reports, list | tuple) else reports
+    return [check_report(report, "every report") for report in several]
 
 
 class Place(NamedTuple):
@@ -146,7 +162,10 @@ def _rows(side_a: list[Report], side_b: list[Report]) -> list[Row]:
     """One row per number that all reports share, without the adjustment."""
     shared = [place for place in _places(side_a[0]) if all(place in _places(r) for r in [*side_a, *side_b])]
     if not shared:
-        raise ValueError("the reports share no attack, eps and rule; evaluate both sides with the same ones")
+        raise ValueError(
+            "expected reports with a row in common, got some that share no attack, eps and rule; evaluate "
+            "both sides with the same ones"
+        )
     rows: list[Row] = []
     for place in shared:
         tables = [[_correct(report, place) for report in side] for side in (side_a, side_b)]
@@ -202,7 +221,10 @@ def _check(side_a: list[Report], side_b: list[Report]) -> None:
         ValueError: other counts, settings or examples, or several defenses in a report.
     """
     if len(side_a) != len(side_b) or not side_a:
-        raise ValueError(f"expected one report per seed on both sides, got {len(side_a)} and {len(side_b)}")
+        raise ValueError(
+            f"expected one report per seed on both sides, got {len(side_a)} and {len(side_b)}; give lists of "
+            "one length"
+        )
     for side in (side_a, side_b):
         names = {name for report in side for name in report.defenses}
         if len(names) != 1 or any(len(report.defenses) != 1 for report in side):
@@ -213,7 +235,13 @@ def _check(side_a: list[Report], side_b: list[Report]) -> None:
     for a, b in zip(side_a, side_b, strict=True):
         differ = [name for name in SAME if a.settings.get(name) != b.settings.get(name)]
         if differ:
-            raise ValueError(f"the reports cannot be paired: {', '.join(differ)} differ")
+            raise ValueError(
+                f"expected reports of the same settings, got some that cannot be paired: {', '.join(differ)} "
+                "differ; evaluate both sides with the same ones"
+            )
     labels = [report.arrays.at("labels", report.defenses[0]) for report in [*side_a, *side_b]]
     if any(not np.array_equal(labels[0], other) for other in labels[1:]):
-        raise ValueError("the reports cannot be paired: they are about other examples")
+        raise ValueError(
+            "expected reports on the same examples, got some that cannot be paired: they are about other "
+            "examples; evaluate both sides on the same data"
+        )

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from probdefense.prediction.drawing import ROWS
 from probdefense.types import Data, Inputs, Labels
-from probdefense.validation import check_count, check_examples, check_labels
+from probdefense.validation import check_count, check_examples, check_like
 
 
 class Chunk(NamedTuple):
@@ -41,11 +41,10 @@ def chunks(data: Data, size: int, first: int = 0) -> Iterator[Chunk]:
     check_count("chunk_size", size)
     number = first // size
     for x, y in _regrouped(batches(data, ordered=True), size):
-        x, y = check_examples((x, y))
         yield Chunk(number, number * size, x, y)
         number += 1
     if number == first // size:
-        raise ValueError("expected at least one batch (x, y), got an empty loader")
+        raise ValueError("expected at least one batch (x, y), got an empty loader; look at its data")
 
 
 def num_chunks(data: Data, size: int) -> int | None:
@@ -67,7 +66,7 @@ def gather(data: Data) -> tuple[Inputs, Labels]:
     """
     found = list(batches(data))
     if not found:
-        raise ValueError("expected at least one batch (x, y), got an empty loader")
+        raise ValueError("expected at least one batch (x, y), got an empty loader; look at its data")
     return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
 
 
@@ -78,17 +77,19 @@ def batches(data: Data, ordered: bool = False) -> Iterator[tuple[Inputs, Labels]
         TypeError: neither tensors nor a data set nor a loader.
         ValueError: a loader that shuffles, or batches of something else than pairs.
     """
-    if isinstance(data, tuple) and len(data) == 2:
-        x, y = data
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            yield x, y
-            return
+    if isinstance(data, tuple) and not all(isinstance(part, tuple | list) for part in data):
+        yield check_examples(data)
+        return
     if isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=ROWS)
+        data = DataLoader(data, batch_size=ROWS, generator=torch.Generator())  # its own: a loader draws
     if isinstance(data, DataLoader) and ordered:
         _refuse_shuffling(data)
     if isinstance(data, Tensor | str | dict) or not isinstance(data, Iterable):
-        raise TypeError(f"expected (x, y), a data set or a loader of batches, got {type(data).__name__}")
+        raise TypeError(
+            f"expected (x, y), a data set or a loader of batches, got {type(data).__name__}; give a pair of "
+            "tensors"
+        )
+    first = None
     for batch in data:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             came = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
@@ -96,7 +97,9 @@ def batches(data: Data, ordered: bool = False) -> Iterator[tuple[Inputs, Labels]
                 f"expected batches (x, y), got {came}; wrap the data so that every batch is a pair of images "
                 "and labels"
             )
-        yield torch.as_tensor(batch[0]), torch.as_tensor(batch[1])
+        x, y = check_examples(batch)
+        first = x[:1] if first is None else first
+        yield check_like(x, first, "every batch"), y
 
 
 def _refuse_shuffling(loader: DataLoader) -> None:
@@ -114,8 +117,6 @@ def _regrouped(pairs: Iterable[tuple[Inputs, Labels]], size: int) -> Iterator[tu
     held: list[tuple[Inputs, Labels]] = []
     count = 0
     for x, y in pairs:
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and len(x) != len(y):
-            check_labels(y, len(x))
         held.append((x, y))
         count += len(x)
         while count >= size:

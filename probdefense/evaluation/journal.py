@@ -22,6 +22,7 @@ from probdefense.evaluation.records import Record
 from probdefense.evaluation.rows import Place
 from probdefense.files import whole
 from probdefense.types import Attack, LogitsFn
+from probdefense.validation import check_kind
 
 ABOUT = "about"
 """Under this name a record holds what is no array."""
@@ -35,6 +36,7 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
+        check_kind("journal", folder, (str, os.PathLike), "give the path of a folder")
         self.folder = Path(folder)
 
     def open(self, settings: Mapping[str, Any], logits_fn: LogitsFn, attacks: Mapping[str, Attack]) -> None:

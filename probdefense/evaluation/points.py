@@ -108,8 +108,8 @@ def runs(label: str, attack: Attack, threat: Threat) -> list[Run]:
     budget = "eps" in free or "eps" in fixed
     if budget and fixed.get("norm", threat.norm) != threat.norm:
         raise ValueError(
-            f"attack {label!r} fixes norm={fixed['norm']}, this evaluation is about norm={threat.norm}; "
-            "leave norm out of its partial, or evaluate with that norm"
+            f"expected attacks in norm={threat.norm}, as this evaluation, got attack {label!r}, which fixes "
+            f"norm={fixed['norm']}; leave norm out of its partial, or evaluate with that norm"
         )
     options = {"norm": threat.norm} if budget and "norm" in free else {}
     if "eps" in free:
@@ -119,8 +119,9 @@ def runs(label: str, attack: Attack, threat: Threat) -> list[Run]:
         return [Run(label, attack, math.inf, options)]
     if float(eps) > max(threat.radii):
         raise ValueError(
-            f"attack {label!r} fixes eps={float(eps):g}, beyond eps={max(threat.radii):g} of this "
-            "evaluation; leave eps out of its partial, or evaluate at that radius"
+            f"expected attacks within eps={max(threat.radii):g}, got attack {label!r}, which fixes "
+            f"eps={float(eps):g}, beyond eps={max(threat.radii):g} of this evaluation; leave eps out of its "
+            "partial, or evaluate at that radius"
         )
     return [Run(label, attack, float(eps), options)]
 
@@ -166,7 +167,10 @@ def attacked(
         points = run.attack(Samples(cost, num_samples), x.clone(), chunk.y.clone(), **options)
     seconds = time.perf_counter() - start
     if not isinstance(points, Tensor):
-        raise TypeError(f"attack {run.label!r} returned {type(points).__name__}, expected a tensor of points")
+        raise TypeError(
+            f"attack {run.label!r} returned {type(points).__name__}, expected a tensor of points; return x "
+            "itself where nothing is found"
+        )
     spent = Spent(num_samples if logits_fn.stochastic else 1, cost.queries, cost.gradients, seconds)
     return Found(points.detach(), _distance(points.detach(), x, run.eps, threat, run.label), spent)
 
@@ -178,9 +182,14 @@ def _distance(points: Inputs, x: Inputs, eps: float, threat: Threat, label: str)
         ValueError: another shape, NaN, outside [0, 1], outside the ball, or all at one larger radius.
     """
     if points.shape != x.shape:
-        raise ValueError(f"attack {label!r} returned shape {tuple(points.shape)}, expected {tuple(x.shape)}")
+        raise ValueError(
+            f"attack {label!r} returned shape {tuple(points.shape)}, expected {tuple(x.shape)}; return one "
+            "point per example, x itself where nothing is found"
+        )
     if not bool(torch.isfinite(points).all()) or float(points.min()) < 0 or float(points.max()) > 1:
-        raise ValueError(f"attack {label!r} returned points outside the box [0, 1]; clamp them")
+        raise ValueError(
+            f"attack {label!r} returned points outside the box [0, 1], expected finite ones in it; clamp them"
+        )
     distance = lp_norm((points.double() - x.double()), threat.norm)
     norm, largest = exact(threat.norm), float(distance.max())
     if not bool(threat.inside(distance, eps, x).all()):
@@ -191,7 +200,8 @@ def _distance(points: Inputs, x: Inputs, eps: float, threat: Threat, label: str)
     beyond = distance[~threat.inside(distance, max(threat.radii), x)]
     if len(beyond) >= ALIKE and 2 * int((beyond >= largest * (1 - 1e-4)).sum()) > int((distance > 0).sum()):
         raise ValueError(
-            f"attack {label!r} takes no eps, and most of its points lie at {largest:.6g} in the {norm} norm, "
-            f"beyond eps={max(threat.radii):g}: it seems to fix a larger radius; give it the radius as eps="
+            f"attack {label!r} takes no eps, and most of the points that it returned lie at {largest:.6g} in "
+            f"the {norm} norm, expected at most eps={max(threat.radii):g}: it seems to fix a larger radius; "
+            "give it the radius as eps="
         )
     return distance

@@ -30,9 +30,11 @@ from probdefense.prediction.drawing import draws_kind, is_adaptive
 from probdefense.progress import track
 from probdefense.types import Attack, Data, LogitsFn, Norm, Rule
 from probdefense.validation import (
+    check_attack,
     check_count,
     check_eps,
     check_function,
+    check_kind,
     check_member,
     check_norm,
     check_seed,
@@ -107,7 +109,9 @@ def evaluate(
         >>> [(row["attack"], row["rule"]) for row in report.rows]
         [('clean', 'mean_prob'), ('clean', 'single_draw'), ('fgsm', 'mean_prob'), ('fgsm', 'single_draw')]
     """
-    logits_fn, attacks = as_logits_fn(logits_fn), dict(attacks or {})
+    logits_fn = as_logits_fn(logits_fn)
+    check_kind("attacks", attacks or {}, Mapping, "give them by name, as in {'pgd': attacks.pgd}")
+    attacks = dict(attacks or {})
     num_samples, seed, norm = check_count("num_samples", num_samples), check_seed(seed), check_norm(norm)
     chunk_size = check_count("chunk_size", chunk_size)
     draw_chunk = None if draw_chunk is None else check_count("draw_chunk", draw_chunk)
@@ -177,13 +181,16 @@ def _check_settings(threat: Threat, rules: Sequence[Rule], estimand: str) -> Non
     for radius in threat.radii:
         check_eps(radius)
     check_member("estimand", estimand, ESTIMANDS)
+    check_kind("rules", rules, (list, tuple), "give a list of rules, as in [rules.vote]")
     if not threat.radii or not rules:
-        raise ValueError("expected at least one eps and one rule, got none")
-    names = [rule_name(rule) for rule in rules]
-    if len(set(names)) < len(names):
-        raise ValueError(f"expected rules with different names, got {', '.join(names)}")
+        raise ValueError("expected at least one eps and one rule, got none; leave them out for the defaults")
     for rule in rules:
         check_function("every rule", rule, "logits")
+    names = [rule_name(rule) for rule in rules]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"expected rules with different names, got {', '.join(names)}; give each a __name__ of its own"
+        )
 
 
 def _all_runs(name: str, attacks: Mapping[str, Attack], threat: Threat) -> list[Run]:
@@ -196,13 +203,16 @@ def _all_runs(name: str, attacks: Mapping[str, Attack], threat: Threat) -> list[
     for each in (name, *attacks):
         if not isinstance(each, str):
             raise TypeError(
-                f"expected names of defenses and attacks as text, got {type(each).__name__} {each!r}"
+                f"expected names of defenses and attacks as text, got {type(each).__name__} {each!r}; they "
+                "stand in the rows of the report"
             )
         if each in ("clean", "worst") or "/" in each or not each:
-            raise ValueError(f"expected names other than 'clean' and 'worst' and without '/', got {each!r}")
+            raise ValueError(
+                f"expected names other than 'clean' and 'worst' and without '/', got {each!r}; the report "
+                "uses these itself: take another name"
+            )
     for label, attack in attacks.items():
-        if not callable(attack):
-            raise TypeError(f"expected attack {label!r} as a function, got {type(attack).__name__}")
+        check_attack(attack, f"attack {label!r}")
     return [run for label, attack in attacks.items() for run in runs(label, attack, threat)]
 
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from probdefense.evaluation.intervals import accuracy_interval
 from probdefense.files import whole
 from probdefense.ops import reach
 from probdefense.tables import format_table
+from probdefense.validation import check_kind
 
 Row = dict[str, Any]
 
@@ -62,11 +65,15 @@ class Report:
         """The one row whose entries equal the given ones, for example ``row(attack="pgd", rule="vote")``.
 
         Raises:
-            KeyError: no row, or several.
+            ValueError: no row, or several.
         """
         found = [row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())]
         if len(found) != 1:
-            raise KeyError(f"expected one row with {wanted}, found {len(found)} of {len(self.rows)}")
+            names = ", ".join(self.rows[0]) if self.rows else "none, there are no rows"
+            raise ValueError(
+                f"expected one row with {wanted}, found {len(found)} of {len(self.rows)}; entries to tell "
+                f"them apart: {names}"
+            )
         return found[0]
 
     def __add__(self, other: Report) -> Report:
@@ -78,17 +85,21 @@ class Report:
                 defense, attack, radius and rule are in both.
         """
         if not isinstance(other, Report):
-            raise TypeError(f"expected a Report to add, got {type(other).__name__}")
+            raise TypeError(f"expected a Report to add, got {type(other).__name__}; evaluate makes one")
         if self.settings != other.settings:
             names = [
                 k for k in self.settings | other.settings if self.settings.get(k) != other.settings.get(k)
             ]
-            raise ValueError(f"reports with different settings do not add up: {', '.join(names)} differ")
+            raise ValueError(
+                f"expected reports of the same settings, got some where {', '.join(names)} differ; evaluate "
+                "both with the same ones"
+            )
         places = {_place(row) for row in self.rows}
         doubled = [_place(row) for row in other.rows if _place(row) in places]
         if doubled:
+            twice = ", ".join(map(str, doubled[0]))
             raise ValueError(
-                f"expected reports without a row in common, both have {', '.join(map(str, doubled[0]))}; "
+                f"expected reports without a row in common, found that both have {twice}; "
                 "give every evaluation a name= of its own"
             )
         return Report(
@@ -151,10 +162,11 @@ class Report:
         """What concerns one defense.
 
         Raises:
-            KeyError: no such defense.
+            ValueError: no such defense.
         """
         if defense not in self.defenses:
-            raise KeyError(f"expected one of {', '.join(self.defenses)}, got {defense!r}")
+            known = ", ".join(self.defenses)
+            raise ValueError(f"expected one of {known}, got {defense!r}; it is the name= of evaluate")
         rows = [row for row in self.rows if row["defense"] == defense]
         timing = {k: v for k, v in self.timing.items() if k.split("/")[0] == defense}
         return Report(rows, self.settings, self.arrays.only(defense), timing)
@@ -174,18 +186,21 @@ class Report:
             radii: In pixels; for minimum-norm attacks only, by default those where a verdict changes.
 
         Raises:
-            KeyError: no such attack, or several defenses.
-            ValueError: `radii` for an attack that ran at its own.
+            ValueError: no such attack, several defenses, or `radii` for an attack that ran at its own.
         """
         clean = self.row(attack="clean", rule=rule, **({} if defense is None else {"defense": defense}))
         name, draws = clean["defense"], clean["draws"]
         distance = self.arrays.get(self.arrays.key("distance", name, attack))
         if distance is None:
             if radii is not None:
-                raise ValueError(f"{attack!r} has a fixed budget; run evaluate with eps={list(radii)}")
+                raise ValueError(
+                    f"expected no radii for {attack!r}, which has a fixed budget, got {list(radii)}; run "
+                    "evaluate with them as eps="
+                )
             rows = [r for r in self.rows if (r["defense"], r["attack"], r["rule"]) == (name, attack, rule)]
             if not rows:
-                raise KeyError(f"expected an attack of the report, got {attack!r}")
+                known = ", ".join(dict.fromkeys(row["attack"] for row in self.rows))
+                raise ValueError(f"expected an attack of the report, got {attack!r}; known: {known}")
             kept = ("eps", "accuracy", "low", "high")
             return [{k: row[k] for k in kept} for row in [clean, *sorted(rows, key=lambda row: row["eps"])]]
         before = self.arrays.at("correct", name, "clean", 0.0, rule)
@@ -235,20 +250,43 @@ class Report:
             ValueError: another version, or files that do not belong together.
         """
         folder = Path(folder)
-        text = (folder / "report.json").read_text()
+        text, kept, timing = _read(folder)
         content = json.loads(text)
         if content.get("version") != cls.VERSION:
-            raise ValueError(f"expected report version {cls.VERSION}, got {content.get('version')}")
-        with np.load(folder / "arrays.npz") as arrays:
-            kept = Arrays({name: arrays[name] for name in arrays.files})
+            raise ValueError(
+                f"expected report version {cls.VERSION}, got {content.get('version')}; evaluate and save it "
+                "again"
+            )
         if kept.pop(SEAL, None) != _sealed(text):
             raise ValueError(
                 f"expected the files of one report in {folder}, got arrays of another; a run was interrupted "
                 "while it wrote them: evaluate and save again"
             )
-        return cls(
-            content["rows"], content["settings"], kept, json.loads((folder / "timing.json").read_text())
-        )
+        return cls(content["rows"], content["settings"], kept, timing)
+
+
+def _read(folder: Path) -> tuple[str, Arrays, dict[str, float]]:
+    """The text of ``report.json``, the arrays and the timing.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+        ValueError: one of them is damaged.
+    """
+    try:
+        text = (folder / "report.json").read_text()
+        with np.load(folder / "arrays.npz") as arrays:
+            kept = Arrays({name: arrays[name] for name in arrays.files})
+        if "version" not in json.loads(text):
+            raise ValueError("no version")
+        return text, kept, json.loads((folder / "timing.json").read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"expected the files of a report in {folder}, found no {error.filename}; Report.save writes them"
+        ) from error
+    except (ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"expected the files of a report in {folder}, got damaged ones ({error}); evaluate and save again"
+        ) from error
 
 
 def _merged(rows: Sequence[Row], arrays: Arrays, settings: dict[str, Any]) -> Row:
@@ -258,6 +296,19 @@ def _merged(rows: Sequence[Row], arrays: Arrays, settings: dict[str, Any]) -> Ro
     spent = {name: sum(each[name] for each in rows) for name in ("queries", "gradients")}
     judged = proportion(correct, row["draws"], settings.get("estimand", "population"))
     return {**row, **judged, "num_examples": correct.shape[1], **spent}
+
+
+def check_report(report: Any, name: str = "report") -> Report:
+    """Refuses anything but a report with rows; returns it.
+
+    Raises:
+        TypeError: something else.
+        ValueError: no rows.
+    """
+    check_kind(name, report, Report, "probdefense.evaluate(...) makes one")
+    if not report.rows:
+        raise ValueError(f"expected {name} with rows, got one without; evaluate something first")
+    return report
 
 
 def proportion(correct: np.ndarray, draws: str = "none", estimand: str = "population") -> Row:

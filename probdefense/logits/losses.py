@@ -4,15 +4,40 @@ Expectation over transformation is the sample axis: a loss says how it is averag
 space and unchanged by a constant added to the logits. Larger means closer to an error.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 
 from probdefense.logits.rules import mean_prob, score_margin
 from probdefense.ops import log_mean_exp, log_sum_exp
 from probdefense.types import Labels, Logits
+from probdefense.validation import check_classes, check_label_form, check_labels, check_logits
 
 
+def loss(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of logits and labels that refuses what does not fit; numbers are looked at when it fails."""
+
+    @functools.wraps(body)
+    def checked(logits: Logits, y: Labels, *target: Labels) -> Tensor:
+        check_logits(logits)
+        labels = dict(zip(("y", "target"), (y, *target), strict=False))
+        for name, given in labels.items():
+            check_label_form(given, logits.shape[1], name)
+        try:
+            return body(logits, *labels.values())
+        except (IndexError, RuntimeError):
+            for name, given in labels.items():
+                check_labels(given, logits.shape[1], name)
+                check_classes(given, logits.shape[2], name)
+            raise
+
+    return checked
+
+
+@loss
 def expected_cross_entropy(logits: Logits, y: Labels) -> Tensor:
     r"""Cross-entropy averaged over draws, $-\frac1S \sum_s \log \mathrm{softmax}(z_s)_y$.
 
@@ -33,10 +58,10 @@ def expected_cross_entropy(logits: Logits, y: Labels) -> Tensor:
         >>> expected_cross_entropy(torch.zeros(2, 1, 2), torch.tensor([1]))
         tensor([0.6931])
     """
-    rows = cross_entropy(logits.flatten(0, 1), y.repeat(len(logits)), reduction="none")
-    return rows.view(logits.shape[:2]).mean(0)
+    return -_at(logits.log_softmax(-1), y).mean(0)
 
 
+@loss
 def predictive_cross_entropy(logits: Logits, y: Labels) -> Tensor:
     r"""Cross-entropy of the mean probability, $-\log \frac1S \sum_s \mathrm{softmax}(z_s)_y$.
 
@@ -61,6 +86,7 @@ def predictive_cross_entropy(logits: Logits, y: Labels) -> Tensor:
     return -log_mean_exp(_at(logits.log_softmax(-1), y))
 
 
+@loss
 def margin(logits: Logits, y: Labels) -> Tensor:
     r"""Logit margin averaged over draws, $\frac1S \sum_s (\max_{j \ne y} z_{s,j} - z_{s,y})$.
 
@@ -82,6 +108,7 @@ def margin(logits: Logits, y: Labels) -> Tensor:
     return _mean(-score_margin(logits, y))
 
 
+@loss
 def predictive_margin(logits: Logits, y: Labels) -> Tensor:
     r"""Margin of the mean probability, $\max_{j \ne y} \log \bar p_j - \log \bar p_y$.
 
@@ -105,6 +132,7 @@ def predictive_margin(logits: Logits, y: Labels) -> Tensor:
     return -score_margin(mean_prob(logits), y)
 
 
+@loss
 def predictive_log_odds(logits: Logits, y: Labels) -> Tensor:
     r"""Odds against the label by the mean probability, $\log (1 - \bar p_y) - \log \bar p_y$.
 
@@ -127,6 +155,7 @@ def predictive_log_odds(logits: Logits, y: Labels) -> Tensor:
     return log_sum_exp(log_probs.masked_fill(truth, -torch.inf), -1) - _at(log_probs, y)
 
 
+@loss
 def dlr(logits: Logits, y: Labels) -> Tensor:
     r"""Difference of logits ratio, averaged over draws.
 
@@ -156,6 +185,7 @@ def dlr(logits: Logits, y: Labels) -> Tensor:
     return _mean(-score_margin(logits, y) / _divisor(ranked[..., 0] - ranked[..., 2]))
 
 
+@loss
 def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Tensor:
     r"""The form of `dlr` that aims for a class, averaged over draws.
 
@@ -192,6 +222,7 @@ def targeted_dlr(logits: Logits, y: Labels, target: Labels) -> Tensor:
 dlr.toward = targeted_dlr  # type: ignore[attr-defined]
 
 
+@loss
 def vote_margin(logits: Logits, y: Labels) -> Tensor:
     r"""Smooth surrogate of the vote, $\frac1S \sum_s \tanh(\frac12 (\max_{j \ne y} z_{s,j} - z_{s,y}))$.
 

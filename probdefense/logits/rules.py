@@ -5,8 +5,10 @@ class of the largest score. Every robustness number names its rule, because the 
 different accuracies under different rules.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,21 @@ from torch.nn.functional import one_hot
 
 from probdefense.ops import exact, log_mean_exp
 from probdefense.types import Labels, Logits, Rule
-from probdefense.validation import check_count, check_member, check_values
+from probdefense.validation import check_count, check_function, check_logits, check_member, check_values
 
 
+def of_draws(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of logits that refuses anything without a sample axis."""
+
+    @functools.wraps(body)
+    def checked(logits: Logits, *rest: Any) -> Tensor:
+        check_logits(logits)
+        return body(logits, *rest)
+
+    return checked
+
+
+@of_draws
 def mean_prob(logits: Logits) -> Tensor:
     r"""Posterior predictive, $\log \frac1S \sum_s \mathrm{softmax}(z_s)$, in log space.
 
@@ -36,6 +50,7 @@ def mean_prob(logits: Logits) -> Tensor:
     return log_mean_exp(logits.log_softmax(-1))
 
 
+@of_draws
 def vote(logits: Logits) -> Tensor:
     r"""Share of the draws that choose each class, $\frac1S \sum_s 1[\arg\max z_s = k]$.
 
@@ -55,6 +70,7 @@ def vote(logits: Logits) -> Tensor:
     return one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
 
 
+@of_draws
 def single_draw(logits: Logits) -> Tensor:
     r"""The first draw decides alone, $\log \mathrm{softmax}(z_1)$: a stochastic classifier.
 
@@ -99,8 +115,9 @@ def worst_of_draws(num_queries: int) -> Rule:
         >>> worst_of_draws(2)(torch.tensor([[[0.0, 2.0]], [[0.0, 1.0]]]))
         tensor([[0., 1.]])
     """
-    check_count("num_queries", num_queries)
+    num_queries = check_count("num_queries", num_queries)
 
+    @of_draws
     def worst_case(logits: Logits) -> Tensor:
         return leads(logits[:num_queries]).amin(0).clamp_min(0.0)
 
@@ -195,4 +212,5 @@ def as_rule(rule: Rule | str) -> Rule:
     if isinstance(rule, str):
         check_member("rule", rule, RULES)
         return RULES[rule]
+    check_function("rule", rule, "logits")
     return rule

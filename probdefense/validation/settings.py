@@ -66,6 +66,21 @@ def plain(value: Any) -> Any:
     return value.item() if single else value
 
 
+def check_number(name: str, value: Any) -> float:
+    """Refuses anything but a number, infinity included; returns it.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"expected {name} as a number, got {kind_of(value)}; give one number")
+    if math.isnan(number):
+        raise ValueError(f"expected {name} as a number, got NaN; look for where it comes from")
+    return number
+
+
 def check_positive(name: str, value: Any, *, zero: bool = False) -> float:
     """Refuses anything but a finite positive number (or, with `zero`, a non-negative one); returns it.
 

@@ -91,6 +91,18 @@ def check_labels(y: Any, batch: int, name: str = "y") -> None:
         TypeError: not an int64 tensor.
         ValueError: wrong shape or a negative label.
     """
+    check_label_form(y, batch, name)
+    if batch and int(y.min()) < 0:
+        raise ValueError(f"expected {name} >= 0, got {int(y.min())}; labels are class indices from 0")
+
+
+def check_label_form(y: Any, batch: int, name: str = "y") -> None:
+    """Refuses anything but an int64 tensor of one number per example, without a look at the numbers.
+
+    Raises:
+        TypeError: not an int64 tensor.
+        ValueError: wrong shape.
+    """
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"expected {name} as int64 class indices, got {kind}; {_to_labels(y, name)}")
@@ -100,8 +112,6 @@ def check_labels(y: Any, batch: int, name: str = "y") -> None:
             "labels belong together row by row"
         )
     _check_stored(y, name)
-    if batch and int(y.min()) < 0:
-        raise ValueError(f"expected {name} >= 0, got {int(y.min())}; labels are class indices from 0")
 
 
 def _to_labels(y: Any, name: str) -> str:
@@ -182,24 +192,78 @@ def check_num_classes(count: int) -> None:
         )
 
 
-def check_logits(logits: Any, batch: int) -> None:
-    """Refuses anything but logits with a sample axis.
+def check_logits(logits: Any, batch: int | None = None) -> None:
+    """Refuses anything but logits with a sample axis, of `batch` examples if that is known.
+
+    Raises:
+        TypeError: not a tensor of floats.
+        ValueError: not ``(samples, batch, classes)``, or fewer than two classes.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        came = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(
+            f"expected logits (samples, batch, classes) as one float tensor, got {came}; return "
+            "the logits alone, with a sample axis in front"
+        )
+    if logits.dim() != 3 or len(logits) < 1 or batch not in (None, logits.shape[1]):
+        raise ValueError(
+            f"expected logits (samples, {'batch' if batch is None else batch}, classes), got "
+            f"{tuple(logits.shape)}; wrap a plain network with probdefense.deterministic(net), or give its "
+            "logits a sample axis with logits[None]"
+        )
+    check_num_classes(logits.shape[2])
+
+
+def check_log_probs(log_probs: Any, y: Any) -> None:
+    """Refuses anything but log-probabilities ``(batch, classes)`` and labels of these classes.
+
+    Raises:
+        TypeError: not a float tensor, or bad labels.
+        ValueError: another shape, no examples, NaN, probabilities that do not sum to 1, or bad labels.
+    """
+    way = "give Prediction.log_probs, or logits.log_softmax(-1)"
+    if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
+        raise TypeError(
+            f"expected log_probs (batch, classes) as a float tensor, got {kind_of(log_probs)}; {way}, "
+            "or convert with torch.as_tensor"
+        )
+    if log_probs.dim() != 2 or 0 in log_probs.shape:
+        raise ValueError(
+            f"expected log_probs (batch, classes) of at least one example, got {tuple(log_probs.shape)}; "
+            f"{way}"
+        )
+    check_labels(y, len(log_probs))
+    check_classes(y, log_probs.shape[-1])
+    total = log_probs.detach().double().exp().sum(-1)
+    slack = max(1e-3, 4 * torch.finfo(log_probs.dtype).eps)
+    if not bool(((total - 1).abs() <= slack).all()):  # NaN is not
+        worst = float(total[(total - 1).abs().nan_to_num(torch.inf).argmax()])
+        raise ValueError(
+            f"expected log_probs of probabilities that sum to 1, got a sum of {worst:.4g} (NaN if one is "
+            f"NaN); {way}"
+        )
+
+
+def check_vector(values: Any, name: str, size: int | None = None) -> Tensor:
+    """Refuses anything but a tensor of one number per input, without NaN; returns it.
 
     Raises:
         TypeError: not a tensor.
-        ValueError: not ``(samples, batch, classes)``, or fewer than two classes.
+        ValueError: another shape, empty, or NaN.
     """
-    if not isinstance(logits, Tensor):
+    if not isinstance(values, Tensor):
         raise TypeError(
-            f"expected logits (samples, batch, classes) as one tensor, got {type(logits).__name__}; return "
-            "the logits alone, with a sample axis in front"
+            f"expected {name} as a tensor (n,), got {kind_of(values)}; convert with torch.as_tensor"
         )
-    if logits.dim() != 3 or logits.shape[1] != batch or logits.shape[0] < 1:
+    wanted = "(n,)" if size is None else f"({size},)"
+    if values.dim() != 1 or not len(values) or size not in (None, len(values)):
         raise ValueError(
-            f"expected logits (samples, {batch}, classes), got {tuple(logits.shape)}; "
-            "wrap a plain network with probdefense.deterministic(net)"
+            f"expected {name} as {wanted}, one number per input, got {tuple(values.shape)}; flatten it, and "
+            "leave empty sets out"
         )
-    check_num_classes(logits.shape[2])
+    if bool(values.isnan().any()):
+        raise ValueError(f"expected numbers in {name}, got NaN; look for where they come from")
+    return values
 
 
 def check_answer(logits: Any, batch: int, where: str) -> Tensor:

@@ -174,7 +174,7 @@ def test_the_table_names_what_to_do(digits):
     net, data = digits
     found = pd.checks.run(pd.deterministic(Changed(net, after=lambda z: z.softmax(-1))), *data, **QUICK)
     assert "logits" in found.table() and "return logits" in found.table()
-    with pytest.raises(KeyError, match="unknown check 'luck'; known: logits"):
+    with pytest.raises(ValueError, match="unknown check 'luck'; known: logits"):
         found["luck"]
 
 

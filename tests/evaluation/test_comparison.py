@@ -128,7 +128,8 @@ def test_all_pairs_are_adjusted_together():
     assert [(row["a"], row["b"]) for row in found.rows] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert all(row["p_holm"] >= row["p"] for row in found.rows)
     assert max(row["p_holm"] / row["p"] for row in found.rows) > 2
-    assert pd.compare_all(total, rule="vote").rows == []
+    with pytest.raises(ValueError, match="unknown rule 'vote'; known: mean_prob"):
+        pd.compare_all(total, rule="vote")
     with pytest.raises(ValueError, match="at least two defenses, got 1"):
         pd.compare_all(total.only("a"))
 

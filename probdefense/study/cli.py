@@ -32,8 +32,8 @@ def compare(
         str, typer.Option(help="Comma-separated names, or 'all'; see 'probdefense list'.")
     ] = "none,madry,rse,bayesian,adv_bnn",
     attacks: Annotated[
-        str, typer.Option(help="Comma-separated names; clean accuracy is always there.")
-    ] = "clean,fgsm,pgd,eot_pgd",
+        str, typer.Option(help="Comma-separated names; clean accuracy and the suite are always there.")
+    ] = "clean,eot_pgd,suite",
     data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or stl10.")] = "digits",
     eps: Annotated[
         float | None, typer.Option(help="l-inf radius in pixels, (0, 1]; the data set's usual one if absent.")
@@ -55,7 +55,7 @@ def compare(
     Writes report.json, timing.json, arrays.npz, robustness.png, report.html and posterior.nc.
     """
     from probdefense.files import reserve
-    from probdefense.study import console, job
+    from probdefense.study import console, job, pool
 
     try:
         request, split = job.prepare(
@@ -69,9 +69,7 @@ def compare(
         reserve(out, job.ROOM)
     except OSError as error:
         raise _unwritable(out, error) from error
-    if request.quick and request.data == "digits":
-        job.use_one_thread()
-    result = job.run(request, split, say=lambda line: print(line, file=sys.stderr, flush=True))
+    result = job.run(request, split, _say, pool.cores())
     if not as_json:
         console.show(result)  # before the files, so that a full disk does not cost the result
     try:
@@ -115,6 +113,8 @@ def main() -> None:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except ChildProcessError as error:
+        _end(str(error), REFUSED)
     except OSError as error:
         with suppress(OSError):  # what is left to print has no place either
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -133,6 +133,10 @@ def _end(sentence: str, code: int) -> None:
     if sentence:  # typer has printed the help of an empty request
         print("probdefense:", " ".join(sentence.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

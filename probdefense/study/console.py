@@ -7,6 +7,7 @@ from typing import Any
 from probdefense.evaluation.report import Row
 from probdefense.study.job import Result
 from probdefense.study.opponents import OTHER_NORMS
+from probdefense.study.request import JUDGE
 
 PAIRS = 10
 """Up to this many pairs are all printed; of more, those with the best defense. The report has all."""
@@ -20,7 +21,7 @@ def show(result: Result) -> None:
     width = 60 + 17 * len({row["attack"] for row in rows})
     console = Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False)
     console.print(_accuracies(result))
-    notes = (*_spent(rows), *_other_norms(rows), *_priors(rows), *_certificates(result))
+    notes = (_budget(result), *_spent(rows), *_other_norms(rows), *_priors(rows), *_certificates(result))
     for line in (*notes, *_checks(result), *_pairs(result)):
         console.print(line, soft_wrap=True)
 
@@ -50,15 +51,36 @@ def _share(row: Row) -> str:
 
 
 def _spent(rows: Iterable[Row]) -> list[str]:
-    """Gradients and queries per image, by attack and draws per call."""
-    spent: dict[str, dict[str, None]] = {}
+    """Gradients or queries per image, by attack, and draws per call where they are the same for all."""
+    spent: dict[str, list[tuple[str, float, int]]] = {}
     for row in rows:
-        if row["attack_samples"] is None:
-            continue
-        gradients, queries = (row[kind] / row["num_examples"] for kind in ("gradients", "queries"))
-        cost = f"{gradients:.0f} gradients" if gradients else f"{queries:.0f} queries"
-        spent.setdefault(row["attack"], {})[f"{cost} ({row['attack_samples']} draws per call)"] = None
-    return [f"spent per image, {attack}: {', '.join(costs)}" for attack, costs in spent.items()]
+        if row["attack_samples"] is not None:
+            kind = "gradients" if row["gradients"] else "queries"
+            cost = row[kind] / row["num_examples"]
+            spent.setdefault(row["attack"], []).append((kind, cost, row["attack_samples"]))
+    return [f"spent per image, {attack}: {_ranges(attack, costs)}" for attack, costs in spent.items()]
+
+
+def _ranges(attack: str, costs: list[tuple[str, float, int]]) -> str:
+    """The range over defenses, for every number of draws per call; the suite chooses its draws itself."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for kind, cost, draws in costs:
+        suffix = "" if attack == JUDGE else f" ({draws} draws per call)"
+        groups.setdefault((kind, suffix), []).append(round(cost))
+    return ", ".join(
+        f"{min(found)} to {max(found)} {kind}{suffix}"
+        if min(found) < max(found)
+        else f"{found[0]} {kind}{suffix}"
+        for (kind, suffix), found in groups.items()
+    )
+
+
+def _budget(result: Result) -> str:
+    asked = result.report.settings
+    return (
+        f"budget: {asked['epochs']} epochs, {asked['gradients']} gradients per image and attack, at most "
+        f"{asked['suite_budget']} evaluations for the suite: a compromise, so that it ends in minutes"
+    )
 
 
 def _other_norms(rows: Iterable[Row]) -> list[str]:

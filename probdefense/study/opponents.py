@@ -143,8 +143,12 @@ def _on_frozen(attack: Attack, **settings: Any) -> Opponent:
 
 
 def _suite(defense: LogitsFn, gradients: int) -> Attack:
-    """The suite has a budget of forward passes, about three for a gradient."""
-    return partial(attacks.suite, budget=max(1000, 3 * gradients))
+    return partial(attacks.suite, budget=suite_budget(gradients))
+
+
+def suite_budget(gradients: int) -> int:
+    """Forward passes per image, about three for a gradient; below a thousand the suite misses points."""
+    return max(1000, 3 * gradients)
 
 
 def _transferred(defense: Any, gradients: int) -> Attack:

@@ -7,15 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import typer
 
 from probdefense import files
-from probdefense.study import cli, job
+from probdefense.study import cli, job, pool, request
 from tests.worlds import import_torchvision
 
-SMALL = {"epochs": 1, "gradients": 16, "images": 12, "checked": 12, "check_gradients": 16, "votes": 20}
+SMALL = {
+    "epochs": 1,
+    "gradients": 16,
+    "images": 12,
+    "adaptive_images": 6,
+    "checked": 12,
+    "check_gradients": 16,
+    "votes": 20,
+}
 
 
 def run(monkeypatch, *arguments: str) -> int:
@@ -30,7 +39,8 @@ def run(monkeypatch, *arguments: str) -> int:
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(job, "QUICK", SMALL)
+    monkeypatch.setattr(request, "QUICK", SMALL)
+    monkeypatch.setattr(pool, "cores", lambda: 1)
 
 
 def test_compare_prints_the_table_and_writes(small, monkeypatch, capsys, tmp_path):
@@ -39,6 +49,8 @@ def test_compare_prints_the_table_and_writes(small, monkeypatch, capsys, tmp_pat
     printed = capsys.readouterr()
     for text in (
         "accuracy in %",
+        "suite",
+        "at most 1000 evaluations for the suite",
         "rse",
         "mean_prob",
         "certified",
@@ -56,7 +68,7 @@ def test_compare_prints_json(small, monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "compare", *options) == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "report.json").read_text()
-    assert [row["attack"] for row in json.loads(printed)["rows"]][::2] == ["clean", "fgsm"]
+    assert [row["attack"] for row in json.loads(printed)["rows"]][::2] == ["clean", "fgsm", "suite", "worst"]
 
 
 def test_no_posterior_is_said(small, monkeypatch, capsys, tmp_path):
@@ -132,10 +144,10 @@ def test_an_out_that_cannot_be_written(place, monkeypatch, capsys, tmp_path):
 def test_running_on_digits_loads_neither_torchvision_nor_numpyro():
     code = (
         "import sys, pathlib\n"
-        "from probdefense.study import job\n"
-        f"job.QUICK.update({SMALL!r})\n"
-        "request, data = job.prepare(job.Request(('none',), ('pgd',), quick=True))\n"
-        "job.run(request, data)\n"
+        "from probdefense.study import job, request\n"
+        f"request.QUICK.update({SMALL!r})\n"
+        "asked, data = job.prepare(job.Request(('none',), ('pgd',), quick=True))\n"
+        "job.run(asked, data)\n"
         "print([name for name in ('torchvision', 'numpyro', 'jax') if name in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -176,16 +188,37 @@ COMMAND = (
 )
 
 
-def test_an_interruption_in_the_middle_of_training_ends_with_130(tmp_path):
-    options = ["--quick", "--epochs", "100000", "--defenses", "none", "--out", str(tmp_path)]
+@contextmanager
+def training(defenses, tmp_path):
+    """The command in the middle of a training without end."""
+    options = ["--quick", "--epochs", "100000", "--defenses", defenses, "--out", str(tmp_path)]
     command = [sys.executable, "-c", COMMAND, "compare", *options]
+    # a pipe ends when the last process that writes to it has ended: whoever reads it waits for all
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stderr.readline().startswith("[1/1] none")
+        for _ in defenses.split(","):
+            assert process.stderr.readline().startswith("[")
         time.sleep(1)
+        yield process
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("defenses", ["none", "none,rse"])
+def test_an_interruption_in_the_middle_of_training_ends_with_130(defenses, tmp_path):
+    if pool.cores() < len(defenses.split(",")):
+        pytest.skip("one core trains one defense after the other")
+    with training(defenses, tmp_path) as process:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "probdefense: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_process_outlives_the_command(tmp_path):
+    if pool.cores() < 2:
+        pytest.skip("one core trains one defense after the other")
+    with training("none,rse", tmp_path) as process:
+        process.kill()
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, typer.Abort])

@@ -1,5 +1,6 @@
 """The command's engine: recipes train what they say, requests are refused before any work."""
 
+import inspect
 import json
 import math
 import resource
@@ -11,9 +12,11 @@ from torch.utils.data import TensorDataset
 
 from probdefense import data, deterministic
 from probdefense.data import Split
-from probdefense.study import job, opponents
+from probdefense.study import cli, job, opponents, recipes
+from probdefense.study import request as study_request
 from probdefense.study.job import Request
 from probdefense.study.recipes import RECIPES, Workshop
+from probdefense.training import ema
 from tests.worlds import tiny_net
 
 
@@ -35,6 +38,12 @@ def little() -> Split:
     return Split(*(TensorDataset(*(t[:160] for t in part.tensors)) for part in (train, test)))
 
 
+def small(gradients, images, votes=20):
+    """A budget for tests."""
+    size = {"epochs": 1, "gradients": gradients, "images": images, "adaptive_images": 6, "votes": votes}
+    return {**size, "checked": images, "check_gradients": 16}
+
+
 def little_request(**changes) -> Request:
     asked = {"defenses": ("none",), "attacks": ("clean", "pgd"), "num_samples": 4, "epochs": 1, "quick": True}
     return Request(**{**asked, **changes})
@@ -43,11 +52,7 @@ def little_request(**changes) -> Request:
 @pytest.fixture(scope="module")
 def result(little):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            job,
-            "QUICK",
-            {"epochs": 1, "gradients": 16, "images": 24, "checked": 24, "check_gradients": 16, "votes": 50},
-        )
+        patch.setattr(study_request, "QUICK", small(gradients=16, images=24, votes=50))
         request, _ = job.prepare(little_request(defenses=("none", "rse", "bayesian")))
         return job.run(request, little)
 
@@ -103,7 +108,7 @@ def test_the_report_holds_what_was_asked(result):
     assert rows == [
         (defense, attack, rule)
         for defense in ("none", "rse", "bayesian")
-        for attack in ("clean", "pgd")
+        for attack in ("clean", "pgd", "suite", "worst")
         for rule in ("mean_prob", "single_draw")
     ]
     bayesian = result.report.row(defense="bayesian", attack="clean", rule="mean_prob")
@@ -154,11 +159,7 @@ def test_without_randomness_an_old_posterior_goes(result, little, tmp_path):
 
 
 def test_a_seed_fixes_every_byte(little, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        job,
-        "QUICK",
-        {"epochs": 1, "gradients": 16, "images": 16, "checked": 16, "check_gradients": 16, "votes": 20},
-    )
+    monkeypatch.setattr(study_request, "QUICK", small(gradients=16, images=16, votes=20))
     texts = []
     for folder in ("a", "b"):
         request, _ = job.prepare(little_request(defenses=("rse",), attacks=("eot_pgd",)))
@@ -168,12 +169,7 @@ def test_a_seed_fixes_every_byte(little, tmp_path, monkeypatch):
 
 
 def test_a_defense_that_adapts_stands_beside_its_static_base(little, monkeypatch):
-    monkeypatch.setattr(
-        job,
-        "QUICK",
-        {"epochs": 1, "gradients": 8, "images": 12, "checked": 12, "check_gradients": 16, "votes": 20},
-    )
-    monkeypatch.setattr(job, "ADAPTIVE_IMAGES", 6)
+    monkeypatch.setattr(study_request, "QUICK", small(gradients=8, images=12, votes=20))
     monkeypatch.setattr(opponents, "ROUNDS", 1)
     request, _ = job.prepare(little_request(defenses=("rmc",), attacks=("adaptive",)))
     found = job.run(request, little)
@@ -182,13 +178,96 @@ def test_a_defense_that_adapts_stands_beside_its_static_base(little, monkeypatch
     assert found.checks == {} and found.comparison is not None
 
 
+def test_the_suite_judges_whatever_else_is_asked():
+    defaults = inspect.signature(cli.compare).parameters["attacks"].default
+    assert "suite" in defaults.split(",")
+    for asked, wanted in [
+        (("pgd",), ("pgd", "suite")),
+        (("suite", "clean"), ("suite", "clean")),
+        (("clean",), ("clean",)),
+    ]:
+        assert job.prepare(Request(("rse",), asked))[0].attacks == wanted
+
+
+def test_the_headline_is_the_worst_of_all_that_ran(result):
+    for name in result.report.defenses:
+        keeps = {
+            row["attack"]: row["accuracy"]
+            for row in result.report.only(name).rows
+            if row["rule"] == "mean_prob"
+        }
+        assert set(keeps) == {"clean", "pgd", "suite", "worst"}
+        assert name != "none" or keeps["worst"] <= min(keeps.values())
+    assert {row["attack"] for row in result.comparison.rows} >= {"worst"}
+    assert result.report.settings["suite_budget"] == 1000
+
+
+def test_a_report_says_how_every_recipe_was_trained(result):
+    training = result.report.settings["training"]
+    assert training["learning_rate"] == {
+        name: RECIPES[name].learning_rate for name in ("none", "rse", "bayesian")
+    }
+    assert training["weight_average"] == "ema 0.99" and training["batch_size"] == 64
+    assert training["warm_up_epochs"] == 0.11
+    assert "training digits" in training["validation"]
+    asked, _ = job.prepare(little_request(defenses=("jump_relu",)))
+    assert set(study_request.settings(asked, 1)["training"]["learning_rate"]) == {"madry"}
+
+
+def test_one_budget_for_every_recipe(little, monkeypatch):
+    """Every training has the same epochs, batches and average; only rates differ."""
+    seen = {}
+
+    def fit(defense, loader, **options):
+        seen.setdefault(name, []).append((options["epochs"], loader.batch_size, options["average"]))
+
+    monkeypatch.setattr(recipes, "fit", fit)
+    for name, recipe in RECIPES.items():
+        if recipe.learning_rate is not None:
+            Workshop(little, eps=0.1, epochs=7).make(name)
+    assert {each for row in seen.values() for each in row} == {(7, 64, ema(0.99))}
+    assert {*RECIPES} - {*seen} == {"jump_relu", "rmc"}
+
+
+def test_the_radius_of_a_training_grows_over_its_first_steps(little):
+    x, y = (t[:8] for t in little.train.tensors)
+    shop = Workshop(little, eps=0.3, epochs=46)  # of 3 steps each
+    attack, net = shop.inner_attack(), shop.plain()
+    radii = [float((attack(net, x, y) - x).abs().max()) for _ in range(20)]
+    assert radii == pytest.approx([0.3 * min(1, t / 15) for t in range(1, 21)], abs=1e-5)
+
+
+def test_defenses_that_share_a_training_are_one_family_and_the_longest_starts_first():
+    asked, _ = job.prepare(Request(("none", "jump_relu", "rse", "madry"), ("clean",)))
+    assert asked.families == [("jump_relu", "madry"), ("none",), ("rse",)]
+
+
+def test_processes_change_nothing(little, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_request, "QUICK", small(gradients=8, images=8))
+    request, _ = job.prepare(little_request(defenses=("rse", "fast"), attacks=("pgd",)))
+    found = [job.run(request, little, processes=count) for count in (1, 2)]
+    for one, folder in zip(found, ("one", "two"), strict=True):
+        job.write(one, tmp_path / folder)
+    for name in ("report.json", "arrays.npz"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for name in request.defenses:
+        a, b = (one.made[name].state_dict() for one in found)
+        assert all(torch.equal(a[key], b[key]) for key in a if isinstance(a[key], torch.Tensor))
+        assert [str(c) for c in found[0].checks[name]] == [str(c) for c in found[1].checks[name]]
+    assert torch.equal(found[0].certificates["rse"].radius, found[1].certificates["rse"].radius)
+
+
 def test_all_means_every_recipe_and_its_own_attack():
     request, _ = job.prepare(Request(("all",), ("clean", "pgd")))
     assert request.defenses == tuple(RECIPES)
-    assert request.attacks == ("clean", "pgd", "adaptive")
+    assert request.attacks == ("clean", "pgd", "suite", "adaptive")
     for asked in (("all", "none"), ("rse", "all", "none"), ("all", "all")):
         request, _ = job.prepare(Request(asked, ("clean",)))
-        assert sorted(request.defenses) == sorted(RECIPES) and request.attacks == ("clean", "adaptive")
+        assert sorted(request.defenses) == sorted(RECIPES) and request.attacks == (
+            "clean",
+            "suite",
+            "adaptive",
+        )
     assert request.defenses == tuple(RECIPES)
     assert job.prepare(Request(("rse", "none", "rse"), ("clean",)))[0].defenses == ("rse", "none")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from probdefense.core.defense import Defense
+from probdefense.core.programs import vector
 from probdefense.core.replayed import FrozenReplay
 from probdefense.core.sites import NoiseSite, WeightSite, layer_name, unused
 from probdefense.rng import derive, forked
@@ -177,8 +179,8 @@ def _by_layer(defense: Defense, draws: dict[str, Tensor]) -> dict[str, dict[str,
             posterior = site.distribution("posterior").expand((site.size,))
             loc |= site.views(posterior.mean)
             scale |= site.views(posterior.stddev)
-            if site.prior is not None:
-                prior |= site.views(site.distribution("prior").stddev.expand(site.size))
+            with suppress(NotImplementedError):  # a transformed prior may not know its variance
+                prior |= {} if site.prior is None else site.views(vector(site, "prior").stddev)
     quantities = {
         "noise_scale": {name: _rms(value) for name, value in noise_scales(defense).items()},
         "weight_scale": {name: _rms(value) for name, value in scale.items()},

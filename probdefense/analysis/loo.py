@@ -13,6 +13,7 @@ import torch
 
 from probdefense.analysis.arviz import from_groups
 from probdefense.core.defense import Defense
+from probdefense.core.programs import vector
 from probdefense.core.sites import WeightSite
 from probdefense.rng import forked
 from probdefense.types import Inputs, Labels
@@ -127,8 +128,7 @@ def guide_k_hat(
         for site in sites:
             value = frozen.drawn[site.name]
             for side, sign in (("prior", 1.0), ("posterior", -1.0)):
-                density = site.distribution(side).expand((site.size,)).log_prob(value)
-                ratio += sign * density.double().sum(-1)
+                ratio += sign * vector(site, side).log_prob(value).double()
     twice = np.stack([-ratio.cpu().numpy()] * 2, axis=-1)  # ArviZ suspects a mistake behind one observation
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ArviZ warns of a large k, which is the answer here

@@ -74,6 +74,15 @@ def _kl_multiplicative(q: Any, p: Any) -> Tensor:
     return (2 * math.pi * p.scale**2).log() / 2 + square / (2 * p.scale**2) - entropy
 
 
+def numbers_of(distribution: Distribution) -> dict[str, Tensor]:
+    """The numbers that a distribution was made of, by the name of the argument."""
+    known = inspect.signature(type(distribution).__init__).parameters
+    names = [name for name in distribution.arg_constraints if name in known]
+    if {"probs", "logits"} <= set(names):
+        names.remove("probs" if "logits" in distribution.__dict__ else "logits")
+    return {name: torch.as_tensor(getattr(distribution, name)).detach() for name in names}
+
+
 class Fixed(nn.Module):
     """A distribution without trained parameters, kept in buffers so that it moves with its module."""
 
@@ -83,12 +92,10 @@ class Fixed(nn.Module):
         super().__init__()
         # The Pyro class of the same name, so that torch's own distributions may be given.
         self.kind: Any = getattr(dist, type(distribution).__name__, type(distribution))
-        known = inspect.signature(self.kind.__init__).parameters
-        self.names = [name for name in distribution.arg_constraints if name in known]
-        if {"probs", "logits"} <= set(self.names):
-            self.names.remove("probs" if "logits" in distribution.__dict__ else "logits")
-        for name in self.names:
-            self.register_buffer(name, torch.as_tensor(getattr(distribution, name)).detach().clone())
+        numbers = numbers_of(distribution)
+        self.names = list(numbers)
+        for name, number in numbers.items():
+            self.register_buffer(name, number.clone())
         self.standard_normal = self._is_standard_normal()
         self.register_load_state_dict_post_hook(_read_anew)
 
@@ -188,7 +195,7 @@ def divergence(q: Distribution, p: Distribution, value: Tensor, name: str) -> Te
             "estimated from one draw; expect noise in the reported KL",
             stacklevel=2,
         )
-        return (q.log_prob(value) - p.log_prob(value)).sum()
+        return q.log_prob(value).sum() - p.log_prob(value).sum()
 
 
 def _flat_normal_kl(q: Any, p: Any) -> Tensor:

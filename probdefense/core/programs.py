@@ -163,9 +163,10 @@ def sample_sites(model: Model, x: Inputs, of: str, plate: pyro.plate) -> Draws:
     return values
 
 
-def vector(site: Site, of: str) -> dist.Independent:
+def vector(site: Site, of: str) -> Any:
     """The joint distribution of a global site, one event."""
-    return dist.Independent(site.distribution(of).expand((site.size,)), 1)
+    found = site.distribution(of)
+    return found if found.event_shape else dist.Independent(found.expand((site.size,)), 1)
 
 
 def block(use: Use, of: str, rows: tuple[int, ...]) -> dist.Independent:

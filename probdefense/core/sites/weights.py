@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probdefense.core.families import Fixed, MeanField, MultiplicativeLogNormal
+from probdefense.core.joint import Joint, allows_all, fits, is_nested, joint_shape
 from probdefense.core.sites.site import EMPTY, Site, unused
+from probdefense.validation import check_function, check_kind, check_member, kind_of
 
 Prior = Distribution | Callable[[str, Tensor], Distribution | None] | None
 """One distribution for every element, one by parameter name, or None: no prior, no KL."""
@@ -68,16 +70,16 @@ def flat_weights(
     Raises:
         ValueError: no parameter was chosen, an unknown layout, or an infinite KL.
     """
-    if layout not in ("flat", "per_tensor"):
-        raise ValueError(f"expected layout 'flat' or 'per_tensor', got {layout!r}")
+    check_member("layout", layout, ("flat", "per_tensor"))
+    if where is not None:
+        check_function("where", where, "name", "tensor")
     chosen = _choose(net, where)
     groups: dict[object, list[tuple[tuple[str, ...], nn.Parameter, Distribution | None]]] = {}
     kinds: dict[object, type[Distribution]] = {}
     for names, parameter in chosen:
-        p = prior if prior is None or isinstance(prior, Distribution) else prior(names[0], parameter)
-        kind = family if isinstance(family, type) else family(names[0], parameter)
+        p, kind = _prior_of(prior, names[0], parameter), _family_of(family, names[0], parameter)
         _refuse_zeros(kind, p, names[0], parameter)
-        key = names[0] if layout == "per_tensor" else (type(p), kind)
+        key = names[0] if layout == "per_tensor" else (_likeness(p, names[0]), kind)
         groups.setdefault(key, []).append((names, parameter, p))
         kinds[key] = kind
     sites: list[Site] = []
@@ -99,6 +101,73 @@ def flat_weights(
         for parameter_name in names:
             _take_out(net, parameter_name)
     return sites
+
+
+def _prior_of(prior: Any, name: str, parameter: Tensor) -> Distribution | None:
+    """The prior of a parameter, checked.
+
+    Raises:
+        TypeError: no distribution.
+        ValueError: one of another shape, or that does not allow every real number.
+    """
+    given = prior is None or isinstance(prior, Distribution)
+    if not given:
+        check_function("prior", prior, "name", "tensor")
+    found = prior if given else prior(name, parameter)
+    if found is None:
+        return None
+    check_kind(
+        "prior", found, Distribution, "such as Normal(0.0, 1.0), a function of (name, tensor), or None"
+    )
+    if not fits(found, parameter.shape):
+        raise ValueError(
+            f"expected a prior of one element, or of shape {tuple(parameter.shape)} for {name}, got batch "
+            f"shape {tuple(found.batch_shape)} and event shape {tuple(found.event_shape)}; give each "
+            "parameter its own by prior=lambda name, tensor: ..."
+        )
+    if not allows_all(found):
+        raise ValueError(
+            f"expected a prior whose support is every real number, as that of the posterior, got {found}; "
+            "the KL would be infinite: take Normal, Laplace or a mixture of them"
+        )
+    return found
+
+
+def _family_of(family: Any, name: str, parameter: Tensor) -> type[Distribution]:
+    """The posterior of a parameter, checked.
+
+    Raises:
+        TypeError: no class of distributions.
+        ValueError: one without location and scale, or with another mean than its location.
+    """
+    kind = family
+    if not isinstance(family, type):
+        if isinstance(family, Distribution):
+            raise TypeError(f"expected family as a class, got the distribution {family}; give type(family)")
+        check_function("family", family, "name", "tensor")
+        kind = family(name, parameter)
+    if not isinstance(kind, type) or not issubclass(kind, Distribution):
+        raise TypeError(f"expected family as a class of distributions, got {kind_of(kind)}; such as Normal")
+    made: Any = kind
+    if not {"loc", "scale"} <= set(made.arg_constraints):
+        raise ValueError(
+            f"expected a family of (loc, scale), got {kind.__name__}; take Normal, Laplace or "
+            "MultiplicativeLogNormal"
+        )
+    one = torch.ones(())
+    if not bool(made(one, one).mean == one):
+        raise ValueError(
+            f"expected a family with mean loc, got {kind.__name__}; take Normal, Laplace or "
+            "MultiplicativeLogNormal"
+        )
+    return kind
+
+
+def _likeness(prior: Distribution | None, name: str) -> object:
+    """What priors must share to be one flat vector; nested ones of some shape stand alone."""
+    if prior is None or not is_nested(prior):
+        return type(prior)
+    return (name, prior) if prior.batch_shape + prior.event_shape else id(prior)
 
 
 def _choose(net: nn.Module, where: Where | None) -> list[tuple[tuple[str, ...], nn.Parameter]]:
@@ -145,6 +214,8 @@ def _joined_prior(members: list[tuple[Distribution | None, torch.Size]], like: T
     first = members[0][0]
     if first is None:
         return None
+    if is_nested(first):
+        return Joint(first, joint_shape(first, members[0][1], like.numel())).to(like)
     fixed = [Fixed(p) for p, _ in members if p is not None]
     joined = {}
     for name in fixed[0].names:

@@ -51,7 +51,7 @@ def test_imports_form_no_circle():
         visit(name, ())
 
 
-GROUND = ("types", "validation", "rng", "ops", "progress", "tables", "files")
+GROUND = ("types", "validation", "rng", "ops", "progress", "tables", "files", "processes")
 ROOMS = (
     *GROUND,
     "logits",

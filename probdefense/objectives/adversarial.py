@@ -148,7 +148,8 @@ def warm_up(attack: Attack, *, eps: float, num_steps: int) -> Attack:
         num_steps: $T$, calls until it is reached: training steps, inside an objective.
 
     Returns:
-        ``attack(logits_fn, x, y)``. It counts its calls: make a new one for every training.
+        ``attack(logits_fn, x, y)``. It counts its calls, which checkpoints of `fit` hold: make a new one for
+        every training.
 
     Raises:
         ValueError: a negative radius or `num_steps` below 1.
@@ -162,14 +163,25 @@ def warm_up(attack: Attack, *, eps: float, num_steps: int) -> Attack:
     """
     check_eps(eps)
     check_count("num_steps", num_steps)
-    calls = 0
+    return _WarmingUp(attack, eps, num_steps)
 
-    def warming(logits_fn: LogitsFn, x: Inputs, y: Labels, **options: Any) -> Inputs:
-        nonlocal calls
-        calls += 1
-        return attack(logits_fn, x, y, eps=eps * min(1.0, calls / num_steps), **options)
 
-    return warming
+class _WarmingUp:
+    """An attack that counts its calls."""
+
+    def __init__(self, attack: Attack, eps: float, num_steps: int):
+        self.attack, self.eps, self.num_steps, self.calls = attack, eps, num_steps, 0
+
+    def __call__(self, logits_fn: LogitsFn, x: Inputs, y: Labels, **options: Any) -> Inputs:
+        self.calls += 1
+        eps = self.eps * min(1.0, self.calls / self.num_steps)
+        return self.attack(logits_fn, x, y, eps=eps, **options)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
 
 
 class _AtDraws:

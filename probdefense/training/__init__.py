@@ -1,8 +1,11 @@
-"""Fitting a defense: the loop over batches, schedules, averages of weights, and statistics of BatchNorm."""
+"""Fitting a defense: the loop, checkpoints, validation, schedules, averages, statistics of BatchNorm."""
 
 from probdefense.training.averages import ema, swa
-from probdefense.training.loop import History, fit
+from probdefense.training.checkpoints import Checkpoints
+from probdefense.training.history import History
+from probdefense.training.loop import fit
 from probdefense.training.recalibration import recalibrate
 from probdefense.training.schedules import PerStep
+from probdefense.training.validation import Validation
 
-__all__ = ["History", "PerStep", "ema", "fit", "recalibrate", "swa"]
+__all__ = ["Checkpoints", "History", "PerStep", "Validation", "ema", "fit", "recalibrate", "swa"]

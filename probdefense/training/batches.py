@@ -1,13 +1,11 @@
 """What a loader must be: something that gives batches ``(x, y)`` of tensors, anew in every epoch."""
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Labels
 from probdefense.validation import check_examples
 
@@ -96,26 +94,3 @@ def _unfit(expected: str, got: Any) -> str:
     else:
         came, way = f"{kind} {got!r:.50}", "DataLoader(data_set, batch_size=64, shuffle=True) makes them"
     return f"expected {expected}, got {came}; {way}"
-
-
-@contextmanager
-def seeded(seed: int | None, loader: Batches, device: torch.device) -> Iterator[None]:
-    """Runs the block from `seed`: global draws and a loader's own; all states are put back afterwards."""
-    own = set() if seed is None else _generators(loader)
-    found = [(generator, generator.get_state()) for generator in own]
-    try:
-        with forked(seed, device):
-            for generator in own:
-                generator.manual_seed(derive(seed or 0, "loader"))
-            yield
-    finally:
-        for generator, state in found:
-            generator.set_state(state)
-
-
-def _generators(loader: Any) -> set[torch.Generator]:
-    """The generators that a loader and its samplers order the data by, if they have their own."""
-    batched = getattr(loader, "batch_sampler", None)
-    owners = [loader, getattr(loader, "sampler", None), batched, getattr(batched, "sampler", None)]
-    own = [getattr(owner, "generator", None) for owner in owners]
-    return {generator for generator in own if isinstance(generator, torch.Generator)}

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 
+from probdefense.training.validation import Validation
+
 
 class PerStep(NamedTuple):
     """Marks a torch schedule as one that counts steps, not epochs.
@@ -51,13 +53,13 @@ class Pace:
         else:
             self.schedule.step()
 
-    def check(self, optimizer: Optimizer | None, total: int | None, validated: bool) -> None:
+    def check(self, optimizer: Optimizer | None, total: int | None, validation: Any) -> None:
         """Refuses, before any work, a schedule that would move nothing, the wrong way, or too far.
 
         Args:
             optimizer: What was passed to `fit`.
             total: Steps of the training, None if unknown.
-            validated: Whether it will see a validation number, which may be one to raise.
+            validation: What it will see of an epoch instead of its loss, or None.
 
         Raises:
             TypeError: not a schedule.
@@ -76,10 +78,15 @@ class Pace:
                 f"{kind} moves the rate of another optimizer, so it would change nothing here; pass the one "
                 "that it was made for as optimizer="
             )
-        if isinstance(schedule, ReduceLROnPlateau) and schedule.mode == "max" and not validated:
+        if isinstance(schedule, ReduceLROnPlateau) and schedule.mode == "max" and validation is None:
             raise ValueError(
                 "expected ReduceLROnPlateau with mode='min', because it watches the loss of the epoch, got "
                 "'max'; pass what is to rise as validation="
+            )
+        rises = isinstance(validation, Validation)
+        if isinstance(schedule, ReduceLROnPlateau) and schedule.mode == "min" and rises:
+            raise ValueError(
+                "expected ReduceLROnPlateau with mode='max', because it watches what is to rise, got 'min'"
             )
         steps = getattr(schedule, "total_steps", None)
         if self.by_step and steps is not None:

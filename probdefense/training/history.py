@@ -1,0 +1,94 @@
+"""What training saw: the numbers of every epoch, and how they are gathered."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from probdefense.processes import Processes
+from probdefense.types import Labels, Step
+
+
+@dataclass
+class History:
+    """What training saw, one number per epoch, averaged over its examples.
+
+    Attributes:
+        loss: The objective, nats per example.
+        log_lik: Log-likelihood, nats per example, on what was trained (attacked inputs included).
+        kl: KL over all sites, nats per data set.
+        accuracy: Share of training forwards with the right class.
+        validation: What `validation` returned; empty without it.
+        learning_rate: Of the first group of parameters, in the last step.
+        grad_norm: L2 norm of the gradient before it is clipped, averaged over steps.
+        seconds: Wall time of training, without validation.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    log_lik: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Meter:
+    """Sums over what one epoch has seen so far."""
+
+    loss: float = 0.0
+    log_lik: float = 0.0
+    kl: float = 0.0
+    accuracy: float = 0.0
+    examples: int = 0
+    forwards: int = 0
+    grad_norm: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def watching(self, defense: Any) -> Iterator[None]:
+        """Inside the block all training forwards are seen, and time is taken."""
+        handle = defense.register_step_hook(self._see)
+        begun = time.perf_counter() - self.seconds
+        self._now = lambda: time.perf_counter() - begun
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.seconds = self._now()
+
+    def _see(self, step: Step, y: Labels) -> None:
+        size = len(step.log_lik)
+        self.forwards += size
+        self.log_lik += float(step.log_lik.detach().sum())
+        self.kl += size * float(sum(value.detach() for value in step.kl.values()))
+        self.accuracy += float((step.logits.argmax(-1) == y).sum())
+
+    def add(self, loss: Tensor, size: int) -> None:
+        """Takes in the loss of a batch."""
+        self.examples += size
+        self.loss += size * float(loss.detach())
+        self.seconds = self._now()
+
+    def add_step(self, grad_norm: Tensor) -> None:
+        """Takes in the gradient of a step."""
+        self.grad_norm += float(grad_norm)
+        self.steps += 1
+
+    def file(self, history: History, learning_rate: float, processes: Processes) -> None:
+        """Adds the averages of the epoch to the history."""
+        mine = asdict(self)
+        names = ("loss", "log_lik", "kl", "accuracy", "examples", "forwards")
+        total = dict(zip(names, processes.summed([mine[name] for name in names]), strict=True))
+        history.loss.append(total["loss"] / total["examples"])
+        for name in ("log_lik", "kl", "accuracy"):
+            getattr(history, name).append(total[name] / max(total["forwards"], 1))
+        history.learning_rate.append(learning_rate)
+        history.grad_norm.append(self.grad_norm / max(self.steps, 1))
+        history.seconds.append(self.seconds)

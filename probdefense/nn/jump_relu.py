@@ -43,8 +43,8 @@ class JumpReLU(nn.Module):
 
     def __init__(self, kappa: float | Distribution):
         super().__init__()
-        self.kappa = float(kappa.mean if isinstance(kappa, Distribution) else kappa)
-        check_positive("kappa", self.kappa, zero=True)
+        typical = kappa.mean if isinstance(kappa, Distribution) else kappa
+        self.kappa = float(check_positive("kappa", typical, zero=True))
         self.threshold: Placeholder | None = None
         if isinstance(kappa, Distribution):
             self.threshold = Placeholder(kappa, neutral=self.kappa, axes=0)

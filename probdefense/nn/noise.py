@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from probdefense.nn.placeholder import Placeholder
 from probdefense.types import Inputs
+from probdefense.validation import check_member
 
 
 class Noise(nn.Module):
@@ -57,10 +58,10 @@ class Noise(nn.Module):
         super().__init__()
         if scale < 0 or floor < 0 or (learned and scale <= floor):
             raise ValueError(
-                f"expected scale >= 0, and above the floor when learned, got scale={scale}, floor={floor}"
+                f"expected scale >= 0, and above the floor when learned, got scale={scale}, floor={floor}; "
+                "raise the scale"
             )
-        if when not in ("always", "train", "test"):
-            raise ValueError(f"expected when to be 'always', 'train' or 'test', got {when!r}")
+        check_member("when", when, ("always", "train", "test"))
         self.eps = Placeholder(family if family is not None else dist.Normal(0.0, 1.0))
         self.floor, self.multiplicative, self.when = floor, multiplicative, when
         if learned:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from probdefense.types import Inputs
+from probdefense.validation import check_number
 
 
 class Normalize(nn.Module):
@@ -30,9 +31,14 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        if len(mean) != len(std) or min(std) <= 0:
+        mean, std = (
+            [check_number(name, value) for value in values]
+            for name, values in (("every mean", mean), ("every std", std))
+        )
+        if len(mean) != len(std) or not std or min(std) <= 0:
             raise ValueError(
-                f"expected one mean and one positive std per channel, got mean={mean}, std={std}"
+                f"expected one mean and one positive std per channel, got mean={mean}, std={std}; in pixels "
+                "of [0, 1]"
             )
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from probdefense.types import Inputs
+from probdefense.validation import check_kind
 
 
 class TwoLogits(nn.Module):
@@ -24,12 +25,16 @@ class TwoLogits(nn.Module):
 
     def __init__(self, net: nn.Module):
         super().__init__()
+        check_kind("net", net, nn.Module, "write the network as a module")
         self.net = net
 
     def forward(self, x: Inputs) -> Tensor:
         """``(batch, *event) -> (batch, 2)``."""
         z = self.net(x)
         if z.numel() != len(x):
-            raise ValueError(f"expected one logit per example, ({len(x)}, 1), got {tuple(z.shape)}")
+            raise ValueError(
+                f"expected one logit per example, ({len(x)}, 1), got {tuple(z.shape)}; several need no "
+                "adapter"
+            )
         z = z.reshape(-1, 1)
         return torch.cat([torch.zeros_like(z), z], dim=1)

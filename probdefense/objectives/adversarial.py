@@ -12,7 +12,14 @@ from torch import Tensor
 
 from probdefense.nn.passes import statistics_kept
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Objective
-from probdefense.validation import check_count, check_eps, check_member
+from probdefense.validation import (
+    check_attack,
+    check_count,
+    check_eps,
+    check_member,
+    check_objective,
+    check_share,
+)
 
 
 def adversarial(
@@ -59,10 +66,13 @@ def adversarial(
         >>> madry(defense, torch.rand(8, 4), torch.zeros(8).long()).shape
         torch.Size([])
     """
-    check_count("num_samples", num_samples)
+    check_objective(objective)
+    check_attack(attack)
+    num_samples = check_count("num_samples", num_samples)
     if same_draw and num_samples > 1:
-        raise ValueError("expected num_samples=1 with same_draw=True: one draw is attacked and trained")
-
+        raise ValueError(
+            f"expected num_samples=1 with same_draw=True, got {num_samples}; one draw is attacked and trained"
+        )
     check_member("bn_stats", bn_stats, ("clean", "adversarial", "both"))
 
     def adversarial_objective(defense: Any, x: Inputs, y: Labels, **options: Any) -> Tensor:
@@ -122,9 +132,11 @@ def mixed(
     """
     share = probability if weight is None else weight
     if share is None or (probability is not None and weight is not None):
-        raise ValueError(f"expected probability or weight, one of them, got {probability} and {weight}")
-    if not 0 <= share <= 1:
-        raise ValueError(f"expected probability or weight in [0, 1], got {share}")
+        raise ValueError(
+            f"expected probability or weight, one of them, got {probability} and {weight}; by chance or by "
+            "weight"
+        )
+    share = check_share("probability" if weight is None else "weight", share, ends="[]")
     attacked = adversarial(objective, attack)
 
     def mixed_objective(defense: Any, x: Inputs, y: Labels, **options: Any) -> Tensor:
@@ -161,8 +173,8 @@ def warm_up(attack: Attack, *, eps: float, num_steps: int) -> Attack:
         >>> [round(float((warming(net, x, y) - x).abs().max()), 3) for _ in range(3)]
         [0.1, 0.2, 0.2]
     """
-    check_eps(eps)
-    check_count("num_steps", num_steps)
+    check_attack(attack)
+    eps, num_steps = check_eps(eps), check_count("num_steps", num_steps)
     return _WarmingUp(attack, eps, num_steps)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from probdefense.types import Inputs, Labels, Objective
-from probdefense.validation import check_positive
+from probdefense.validation import check_objective, check_positive
 
 
 def gaussian_augmented(objective: Objective, sigma: float) -> Objective:
@@ -41,7 +41,8 @@ def gaussian_augmented(objective: Objective, sigma: float) -> Objective:
         >>> gaussian_augmented(objective, 0.1)(defense, torch.rand(8, 4), torch.zeros(8).long()).shape
         torch.Size([])
     """
-    check_positive("sigma", sigma)
+    check_objective(objective)
+    sigma = check_positive("sigma", sigma)
 
     def augmented_objective(defense: Any, x: Inputs, y: Labels, **options: Any) -> Tensor:
         return objective(defense, x + sigma * torch.randn_like(x), y, **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from probdefense.ops import log_mean_exp
 from probdefense.types import JOINT, Inputs, Labels, Objective, Step
-from probdefense.validation import check_count
+from probdefense.validation import check_count, check_positive
 
 Schedule = Callable[[float], float]
 """A multiplier as a function of training progress in [0, 1]."""
@@ -62,6 +62,8 @@ def elbo(
         torch.Size([])
     """
     check_count("num_particles", num_particles)
+    for name, number in (kl_weight if isinstance(kl_weight, Mapping) else {"kl_weight": kl_weight}).items():
+        check_positive(name if name == "kl_weight" else f"kl_weight of {name!r}", number, zero=True)
     losses = []
     for _ in range(num_particles):
         step = defense.step(x, y)
@@ -144,7 +146,7 @@ def weighted_kl(
         return 0.0
     if defense.num_data is None:
         raise ValueError(
-            f"the KL of {', '.join(kl)} counts once per data set, so its size is needed; "
+            f"expected num_data, got none: the KL of {', '.join(kl)} counts once per data set; "
             "build the defense with num_data=len(train_set)"
         )
     return sum(w * value for w, value in terms) / defense.num_data
@@ -166,8 +168,6 @@ def weight_of(term: str, weight: float | Mapping[str, float]) -> float:
 def _weight_of_site(site: str, weight: float | Mapping[str, float]) -> float:
     if isinstance(weight, Mapping):
         weight = next((w for pattern, w in weight.items() if fnmatchcase(site, pattern)), 1.0)
-    if weight < 0:
-        raise ValueError(f"expected kl_weight >= 0, got {weight} for site {site!r}")
     return weight
 
 
@@ -175,6 +175,6 @@ def _refuse_unknown(weight: Mapping[str, float], known: set[str]) -> None:
     for pattern in weight:
         if not any(fnmatchcase(site, pattern) for site in known):
             raise ValueError(
-                f"kl_weight names {pattern!r}, which matches no random site; known are: "
+                f"unknown: kl_weight names {pattern!r}, which matches no random site; known: "
                 f"{', '.join(sorted(known)) or '(none)'}"
             )

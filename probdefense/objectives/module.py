@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from probdefense.objectives.elbo import elbo
 from probdefense.types import Inputs, Labels, Objective
+from probdefense.validation import check_objective
 
 
 class LossModule(nn.Module):
@@ -27,6 +28,12 @@ class LossModule(nn.Module):
 
     def __init__(self, defense: nn.Module, objective: Objective = elbo):
         super().__init__()
+        if not callable(getattr(defense, "step", None)):
+            raise TypeError(
+                f"expected a Defense, got {type(defense).__name__}; wrap a plain network with "
+                "probdefense.deterministic(net)"
+            )
+        check_objective(objective)
         self.defense, self.objective = defense, objective
 
     def forward(self, x: Inputs, y: Labels, **options: Any) -> Tensor:

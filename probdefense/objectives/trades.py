@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div
 
 from probdefense.objectives.elbo import expected, weighted_kl
 from probdefense.types import Attack, Inputs, Labels, Logits, LossFn, Objective
-from probdefense.validation import check_positive
+from probdefense.validation import check_attack, check_positive
 
 
 def trades(attack: Attack, beta: float) -> Objective:
@@ -46,7 +46,8 @@ def trades(attack: Attack, beta: float) -> Objective:
         >>> objective(pd.deterministic(torch.nn.Linear(4, 3)), torch.rand(8, 4), torch.zeros(8).long()).shape
         torch.Size([])
     """
-    check_positive("beta", beta, zero=True)
+    check_attack(attack)
+    beta = check_positive("beta", beta, zero=True)
 
     def trades_objective(
         defense: Any, x: Inputs, y: Labels, *, kl_weight: float | Mapping[str, float] = 1.0

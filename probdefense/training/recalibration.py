@@ -35,7 +35,10 @@ def recalibrate(defense: Any, loader: Batches) -> None:
     kinds = nn.modules.batchnorm._NormBase
     layers = [m for m in defense.modules() if isinstance(m, kinds) and m.track_running_stats]
     if not layers:
-        raise ValueError("found no normalization layer with running statistics in the defense")
+        raise ValueError(
+            "expected a normalization layer with running statistics, found none; there is nothing to "
+            "recalibrate"
+        )
     check_loader(loader)
     before = [(layer, layer.momentum, layer.training) for layer in layers]
     found = [(layer, name, getattr(layer, name).clone()) for layer in layers for name in STATISTICS]

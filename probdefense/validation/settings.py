@@ -184,15 +184,26 @@ def check_attack(value: Any, name: str = "attack") -> None:
     Raises:
         TypeError: not a function, or one of other arguments.
     """
-    wanted = f"expected {name} as a function of (logits_fn, x, y, ...)"
+    _check_open(name, value, ("logits_fn", "x", "y"), "probdefense.attacks.pgd")
+
+
+def check_objective(value: Any, name: str = "objective") -> None:
+    """Refuses what cannot be called with a defense, inputs and labels; options may come later.
+
+    Raises:
+        TypeError: not a function, or one of other arguments.
+    """
+    _check_open(name, value, ("defense", "x", "y"), "probdefense.objectives.elbo")
+
+
+def _check_open(name: str, value: Any, arguments: tuple[str, ...], such: str) -> None:
+    wanted = f"expected {name} as a function of ({', '.join(arguments)}, ...)"
     if not callable(value) or isinstance(value, type):
-        raise TypeError(
-            f"{wanted}, got {kind_of(value)}; pass the function itself, such as probdefense.attacks.pgd"
-        )
-    with suppress(ValueError):
+        raise TypeError(f"{wanted}, got {kind_of(value)}; pass the function itself, such as {such}")
+    with suppress(ValueError):  # of some builtin functions nobody knows the arguments
         signature = inspect.signature(value)
         try:
-            signature.bind_partial(*"fxy")
+            signature.bind_partial(*arguments)
         except TypeError as error:
             raise TypeError(f"{wanted}, got one of {signature}: {error}; wrap it in a lambda") from error
 

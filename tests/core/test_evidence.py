@@ -358,7 +358,7 @@ def test_joint_guides_have_one_weight(kind):
 def test_unknown_names_in_weights_are_refused(make):
     defense, (x, y) = make(), batch()
     known = ", ".join(sorted(defense.step(x, y).kl))
-    with pytest.raises(ValueError, match=f"kl_weight names 'wieght', which matches no.*known are: {known}"):
+    with pytest.raises(ValueError, match=f"kl_weight names 'wieght', which matches no.*known: {known}"):
         elbo(defense, x, y, kl_weight={"wieght": 0.1})
     assert torch.isfinite(elbo(defense, x, y, kl_weight={"*": 0.1}))
 

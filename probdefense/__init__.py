@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from probdefense import attacks, checks, data, defenses, models, nn, objectives
 from probdefense.adaptation import rmc
 from probdefense.checks import detection
-from probdefense.core import Defense, deterministic
+from probdefense.core import Defense, deterministic, load, save
 from probdefense.evaluation import (
     Certificate,
     Comparison,
@@ -56,6 +56,7 @@ __all__ = [
     "deterministic",
     "evaluate",
     "fit",
+    "load",
     "losses",
     "models",
     "nn",
@@ -65,6 +66,7 @@ __all__ = [
     "recalibrate",
     "rmc",
     "rules",
+    "save",
     "to_arviz",
     "with_draws",
 ]

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from probdefense.core.description import describe
 from probdefense.core.programs import Guide, Model
+from probdefense.core.registry import Call, builder
 from probdefense.core.replayed import Replayed
 from probdefense.core.settings import check_settings, packed, settings_of, unpacked
 from probdefense.core.sites import Site, noise_sites
@@ -26,7 +27,7 @@ from probdefense.core.vectorized import Vectorized
 from probdefense.logits.adapters import Decided, Samples, Static
 from probdefense.nn.passes import averaging
 from probdefense.types import Draws, Inputs, Labels, Logits, LogitsFn, Rule, Step
-from probdefense.validation import check_count, check_labels, check_member
+from probdefense.validation import check_count, check_kind, check_labels, check_member, check_positive
 
 BACKENDS = ("auto", "loop", "vmap", "fold")
 
@@ -66,6 +67,8 @@ class Defense(nn.Module):
         self.model, self.guide = model, guide
         self._step_hooks: OrderedDict[int, Callable[[Step, Labels], None]] = OrderedDict()
         self._num_data: int | None = None
+        self.calls: tuple[Call, ...] | None = None  # of builders, noted by them
+        self.notes: dict[str, Any] = {}
         self._example = None if example is None else example[:1].detach().clone()
         self._averaging = averaging(self)
         if isinstance(self._engine, Replayed):
@@ -149,6 +152,7 @@ class Defense(nn.Module):
         Returns:
             ``(samples, batch, classes)``; one sample if nothing is random.
         """
+        check_kind("x", x, Tensor, "convert with torch.as_tensor, as a torch.Tensor (batch, *event)")
         num_samples = 1 if num_samples is None or not self.stochastic else num_samples
         check_count("num_samples", num_samples)
         if max_batch is not None:
@@ -198,6 +202,8 @@ class Defense(nn.Module):
             ValueError: a latent value of a user's guide depends on `x`.
         """
         check_count("num_samples", num_samples)
+        if generator is not None:
+            check_kind("generator", generator, torch.Generator, "such as torch.Generator().manual_seed(0)")
         device = generator.device if generator is not None else "cpu"
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
         frozen = self._engine.freeze(num_samples if self.stochastic else 1, seed)
@@ -275,6 +281,7 @@ class Defense(nn.Module):
 
     def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameters for an optimizer: no decay on guide parameters or noise coefficients."""
+        check_positive("weight_decay", weight_decay, zero=True)
         free = {id(p) for p in self.guide.parameters()}
         for module in self.model.modules():
             if getattr(module, "noise_coefficients", False):
@@ -324,6 +331,7 @@ class Defense(nn.Module):
         return Replayed(self.model, self.guide)
 
 
+@builder
 def deterministic(net: nn.Module, *, num_data: int | None = None) -> Defense:
     """A plain network as a defense with nothing random: it wraps and copies nothing.
 
@@ -342,5 +350,9 @@ def deterministic(net: nn.Module, *, num_data: int | None = None) -> Defense:
         torch.Size([1, 2, 3])
     """
     if isinstance(net, Defense) or not isinstance(net, nn.Module):
-        raise TypeError(f"expected a plain nn.Module, got {type(net).__name__}")
+        raise TypeError(
+            f"expected a plain nn.Module, got {type(net).__name__}; a Defense is used as it is, and a "
+            "function is "
+            "written as a module"
+        )
     return Defense.from_sites(net, [], num_data)

@@ -19,11 +19,13 @@ import pyro.distributions as dist
 from torch import nn
 
 from probdefense.core.defense import Defense
+from probdefense.core.registry import builder
 from probdefense.core.sites import Family, Prior, WeightSite, Where, flat_weights
 from probdefense.defenses.host import host
-from probdefense.validation import check_positive
+from probdefense.validation import check_kind, check_positive
 
 
+@builder
 def bayesian(
     net: nn.Module,
     *,
@@ -44,8 +46,9 @@ def bayesian(
     Args:
         net: A network or a `Defense`; it is copied.
         num_data: Size of the training set, which weighs the KL term.
-        prior: A distribution for every element, a function ``(name, tensor) -> distribution or None``,
-            or None. None masks the site: no KL.
+        prior: A distribution for every element, or of a parameter's shape, a function ``(name, tensor) ->
+            distribution or None``, or None. None masks the site: no KL. A mixture, a transformed or a
+            correlated prior has no closed KL, which is then estimated by the densities at the draw.
         init_scale: $\sigma$ of every element before training, in units of the weights; relative to
             the weight for `MultiplicativeLogNormal`.
         family: The posterior of an element: ``Normal``, ``Laplace``, `MultiplicativeLogNormal` (the
@@ -59,7 +62,8 @@ def bayesian(
         A `Defense`; the state dict holds ``guide.posteriors.weights.loc`` and ``.log_scale``.
 
     Raises:
-        ValueError: no parameter was chosen, or `init_scale` is not above the floor.
+        ValueError: no parameter was chosen, `init_scale` is not above the floor, or a prior that does not
+            allow every real number or has another shape.
 
     References:
         Blundell et al., 2015, [Weight Uncertainty in Neural Networks](https://arxiv.org/abs/1505.05424);
@@ -75,7 +79,9 @@ def bayesian(
     check_positive("init_scale", init_scale)
     check_positive("floor", floor, zero=True)
     if init_scale <= floor:
-        raise ValueError(f"expected init_scale above the floor {floor}, got {init_scale}")
+        raise ValueError(
+            f"expected init_scale above the floor {floor}, got {init_scale}; raise it or lower the floor"
+        )
     net, sites, num_data = host(net, num_data)
     weights = flat_weights(
         net,
@@ -111,6 +117,7 @@ def signal_to_noise(defense: Defense) -> dict[str, float]:
         >>> signal_to_noise(bayesian(torch.nn.Sequential(net), where=lambda name, _: "weight" in name))
         {'0': 50.0...}
     """
+    check_kind("defense", defense, Defense, "make it with bayesian(net, ...)")
     power: dict[str, list[float]] = {}
     for site in defense.sites.values():
         if not isinstance(site, WeightSite) or site.posterior is None:
@@ -122,6 +129,6 @@ def signal_to_noise(defense: Defense) -> dict[str, float]:
             sums[0] += float(signal[name].square().sum())
             sums[1] += float(noise[name].sum())
     if not power:
-        raise ValueError("found no random weights in the defense; make them with bayesian(net, ...)")
+        raise ValueError("expected random weights, found none; make them with bayesian(net, ...)")
     order = [path for path, _ in defense.net.named_modules() if path in power]
     return {path: (power[path][0] / power[path][1]) ** 0.5 for path in order}

@@ -8,12 +8,14 @@ the loss at $x + \Delta$, $\Delta \sim N(0, \sigma^2 I)$: ``gaussian_augmented(e
 from torch import nn
 
 from probdefense.core.defense import Defense
+from probdefense.core.registry import builder
 from probdefense.defenses.host import host, running_relus
 from probdefense.nn.brelu import BReLU
 from probdefense.nn.relus import after_relus
 from probdefense.types import Inputs
 
 
+@builder
 def brelu(
     net: nn.Module, *, ceiling: float = 1.0, num_data: int | None = None, example: Inputs | None = None
 ) -> Defense:

@@ -14,11 +14,13 @@ from torch import nn
 
 from probdefense.core.defense import Defense, deterministic
 from probdefense.core.families import Fixed
+from probdefense.core.registry import builder
 from probdefense.core.sites import MemberSite
 from probdefense.defenses.host import device_and_dtype, refuse_replicas
 from probdefense.nn.members import Members
 
 
+@builder
 def ensemble(nets: Iterable[nn.Module], *, num_data: int | None = None) -> Defense:
     r"""Makes several networks one defense; every draw asks one of them, $k \sim \mathrm{Uniform}\{1..K\}$.
 
@@ -47,9 +49,13 @@ def ensemble(nets: Iterable[nn.Module], *, num_data: int | None = None) -> Defen
         >>> defense(torch.rand(2, 4), num_samples=5).shape
         torch.Size([5, 2, 3])
     """
+    if not isinstance(nets, Iterable) or (
+        isinstance(nets, nn.Module) and not isinstance(nets, nn.ModuleList)
+    ):
+        raise TypeError(f"expected a list of networks, got {type(nets).__name__}; give [net, ...]")
     members = list(nets)
     if not members:
-        raise ValueError("expected at least one network to make an ensemble of, got none")
+        raise ValueError("expected at least one network to make an ensemble of, got none; give [net, ...]")
     for net in members:
         if isinstance(net, Defense) or not isinstance(net, nn.Module):
             raise TypeError(

@@ -9,18 +9,27 @@ gradient, so judge it by what ignores that: BPDA with `surrogates`, transfer fro
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from probdefense.core.defense import Defense
+from probdefense.core.registry import builder
 from probdefense.defenses.host import device_and_dtype, host, running_relus
 from probdefense.logits.rules import mean_prob
 from probdefense.nn.jump_relu import JumpReLU, MarginalJumpReLU, smoothed_jump
-from probdefense.nn.relus import FUNCTIONAL, Where, after_relus, relu_paths
+from probdefense.nn.relus import FUNCTIONAL, RELUS, Where, after_relus, relu_paths
 from probdefense.types import Inputs, Labels, LogitsFn
-from probdefense.validation import check_inputs, check_positive, check_share
+from probdefense.validation import (
+    check_count,
+    check_examples,
+    check_function,
+    check_inputs,
+    check_positive,
+    check_share,
+)
 
 Threshold = float | Distribution
 """A number, or a distribution from which every example draws one threshold per ReLU."""
@@ -32,6 +41,7 @@ LEVELS = 20
 """How many thresholds `tune_kappa` tries by default: equal steps of the share that is cut."""
 
 
+@builder
 def jump_relu(
     net: nn.Module,
     *,
@@ -72,6 +82,8 @@ def jump_relu(
         >>> jump_relu(net, kappa=0.5)(torch.tensor([[-1.0, 0.2, 0.8]]))
         tensor([[[0.0000, 0.0000, 0.8000]]])
     """
+    if where is not None:
+        check_function("where", where, "path", "module")
     net, sites, num_data = host(net, num_data)
     like = device_and_dtype(net, sites)
     if isinstance(kappa, Mapping):
@@ -84,8 +96,8 @@ def jump_relu(
             return JumpReLU(threshold).to(like)
         if not isinstance(threshold, Distribution):
             raise ValueError(
-                f"learned=True needs a distribution to start from, such as Normal({threshold}, 0.1): a "
-                "fixed threshold has no gradient"
+                f"expected a distribution to start from with learned=True, got {threshold}; give one such as "
+                f"Normal({threshold}, 0.1), since a fixed threshold has no gradient"
             )
         return MarginalJumpReLU(threshold).to(like)
 
@@ -149,8 +161,9 @@ def tune_kappa(
         >>> tune_kappa(net, (x, torch.tensor([1, 0])), max_drop=0.0, candidates=[0.0, 0.5, 0.9])
         0.5
     """
-    check_positive("max_drop", max_drop, zero=True)
-    batches = [validation] if isinstance(validation, tuple) else list(validation)
+    max_drop = check_positive("max_drop", max_drop, zero=True)
+    num_samples = check_count("num_samples", num_samples)
+    batches = _pairs(validation)
     if candidates is None:
         pooled = torch.cat(list(_activations(net, batches[0][0][:64]).values()))
         candidates = [_quantile(pooled, level / LEVELS) for level in range(LEVELS)]
@@ -186,8 +199,18 @@ def surrogates(defense: Defense, width: float = 0.25) -> dict[str, Callable[[Ten
     """
     jumps = {name: module for name, module in defense.named_modules() if isinstance(module, JumpReLU)}
     if not jumps:
-        raise ValueError("found no JumpReLU in the defense; make it with jump_relu(net, kappa=...)")
+        raise ValueError("expected layers of JumpReLU, found no JumpReLU; make them with jump_relu(net, ...)")
     return {name: smoothed_jump(jump.kappa, width) for name, jump in jumps.items()}
+
+
+def _pairs(validation: Any) -> list[tuple[Inputs, Labels]]:
+    """``(x, y)`` or batches of them, checked."""
+    if not isinstance(validation, Iterable) or isinstance(validation, Tensor | Mapping | str):
+        raise TypeError(
+            f"expected validation as (x, y) or batches of them, got {type(validation).__name__}; give a pair"
+        )
+    whole = isinstance(validation, tuple)
+    return [check_examples(pair, "validation") for pair in ([validation] if whole else validation)]
 
 
 class _Seen(nn.Module):
@@ -225,7 +248,9 @@ def _accuracy(defense: Defense, batches: Iterable[tuple[Inputs, Labels]], num_sa
 
 
 def _check_paths(net: nn.Module, kappa: Mapping[str, Threshold]) -> None:
-    known = [path for path, module in net.named_modules() if isinstance(module, nn.ReLU)]
+    known = [path for path, module in net.named_modules() if isinstance(module, RELUS)]
     unknown = set(kappa) - {*known, FUNCTIONAL}
     if unknown:
-        raise ValueError(f"no ReLU at {', '.join(sorted(unknown))}; found: {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"unknown: no ReLU at {', '.join(sorted(unknown))}; found and known: {', '.join(known) or 'none'}"
+        )

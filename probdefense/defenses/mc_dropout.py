@@ -10,6 +10,7 @@ import warnings
 from torch import nn
 
 from probdefense.core.defense import Defense
+from probdefense.core.registry import builder
 from probdefense.core.sites import Site, removed
 from probdefense.defenses.host import device_and_dtype, host, running
 from probdefense.nn.dropout import MaskedDropout
@@ -21,6 +22,7 @@ ELEMENTS = (nn.Dropout,)
 CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
+@builder
 def mc_dropout(
     net: nn.Module, *, rate: float, num_data: int | None = None, example: Inputs | None = None
 ) -> Defense:
@@ -58,8 +60,9 @@ def mc_dropout(
     seen = running(net, sites, places, example, asked=False)
     if not seen.shapes:
         raise ValueError(
-            f"found nowhere to drop in {type(net).__name__}; looked for Dropout modules and Linear layers "
-            "that run"
+            f"expected layers to drop in, found nowhere to drop in {type(net).__name__}; give it Dropout "
+            "modules "
+            "or Linear layers that run"
         )
     like = device_and_dtype(net, sites)
     for path in filter(seen.shapes.__contains__, places):
@@ -80,5 +83,5 @@ def _warn_of_others(net: nn.Module, sites: list[Site], x: Inputs) -> None:
         warnings.warn(
             f"mc_dropout cannot reach what is drawn inside {', '.join(others)}: it acts in training alone "
             "and stands still in attacks and predictions; only nn.Dropout modules become part of the defense",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -15,6 +15,7 @@ from torch import nn
 
 from probdefense.core.defense import Defense
 from probdefense.core.families import Fixed
+from probdefense.core.registry import builder
 from probdefense.core.sites import Site, WeightNoiseSite, WeightSite, tied_names, unused
 from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel, running
 from probdefense.nn.relative_noise import RelativeNoise, WeightNoise
@@ -23,6 +24,7 @@ from probdefense.types import Inputs
 from probdefense.validation import check_member, check_positive
 
 
+@builder
 def pni(
     net: nn.Module,
     *,
@@ -67,14 +69,18 @@ def pni(
     check_member("place", place, ("weight", "input", "output"))
     check_member("scale_shape", scale_shape, ("scalar", "channel", "element"))
     if place != "weight" and scale_shape == "element":
-        raise ValueError("scale_shape='element' is for weights; activations have 'scalar' or 'channel'")
+        raise ValueError(
+            f"expected scale_shape 'scalar' or 'channel' with place={place!r}, got 'element'; it is for "
+            "weights"
+        )
     net, sites, num_data = host(net, num_data)
     kinds = (*CONVOLUTIONS, nn.Linear)
     layers = dict(matching(net, kinds))
     if not layers:
         raise ValueError(
-            f"found nothing to add noise to in {type(net).__name__}; looked for "
-            f"{', '.join(kind.__name__ for kind in kinds)}"
+            f"expected layers to add noise to, found nothing to add noise to in {type(net).__name__}; use "
+            "one "
+            f"with {', '.join(kind.__name__ for kind in kinds)}"
         )
     if place == "weight":
         sites = [*sites, _on_weights(net, layers.values(), sites, alpha_init, scale_shape)]
@@ -83,7 +89,11 @@ def pni(
     like = device_and_dtype(net, sites)
     runs = running(net, sites, layers, example, asked=False).shapes
     if not runs:
-        raise ValueError(f"{', '.join(layers)} never run in {type(net).__name__}: their noise would not act")
+        raise ValueError(
+            f"expected layers that run, found that {', '.join(layers)} never run in {type(net).__name__}: "
+            "their "
+            "noise would not act; put it on the weights"
+        )
     for path in runs:
         shape = per_channel(layers[path], side) if scale_shape == "channel" else ()
         insert(layers[path], "pni", RelativeNoise(alpha_init, shape).to(like))
@@ -104,7 +114,8 @@ def _on_weights(
     }
     if not noisy:
         raise ValueError(
-            f"all weights of {type(net).__name__} are frozen (requires_grad=False) and get no noise; "
+            f"expected weights to add noise to, found that all weights of {type(net).__name__} are frozen "
+            "(requires_grad=False) and get no noise; "
             "unfreeze those that shall have it"
         )
     name, like = unused("weight_noise", {site.name for site in sites}), device_and_dtype(net, sites)

@@ -5,24 +5,31 @@ Each convolution sees $x + \sigma \varepsilon$ with fresh $\varepsilon \sim N(0,
 on the raw pixels, has its own scale. Prediction averages the probabilities of many draws.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import pyro.distributions as dist
+import torch
 from torch import nn
 from torch.distributions import Distribution
 
 from probdefense.core.defense import Defense
 from probdefense.core.families import Fixed, Spread
+from probdefense.core.registry import builder
 from probdefense.core.sites import NoiseSite, Site, layer_name
 from probdefense.defenses.host import CONVOLUTIONS, device_and_dtype, host, per_channel, running
 from probdefense.nn.noise import Noise
 from probdefense.nn.placeholder import placeholders
 from probdefense.nn.surgery import insert_at_input, insert_before, matching
 from probdefense.types import Inputs
-from probdefense.validation import check_member, check_positive
+from probdefense.validation import check_function, check_kind, check_member, check_positive
+
+FEW = 4
+"""So many linear layers per convolution are still a convolutional network."""
 
 
+@builder
 def rse(
     net: nn.Module,
     *,
@@ -41,6 +48,9 @@ def rse(
     example: Inputs | None = None,
 ) -> Defense:
     r"""Puts noise before every convolution of a network, shortcut ones included.
+
+    Of a transformer that is the one convolution that makes the patches; a warning says so, and what
+    `before_linear` and `where` would add.
 
     Args:
         net: A network or a `Defense`; it is copied, parameters keep their names.
@@ -77,6 +87,10 @@ def rse(
         >>> list(rse(pd.models.small_cnn()).sites)
         ['input_noise', '2.noise']
     """
+    if family is not None:
+        check_kind("family", family, Distribution, "give one with its numbers, such as Normal(0.0, 1.0)")
+    if where is not None:
+        check_function("where", where, "path", "module")
     check_positive("sigma_init", sigma_init, zero=True)
     check_positive("sigma_inner", sigma_inner, zero=True)
     check_member("scale", scale, ("fixed", "learned", "variational"))
@@ -100,26 +114,23 @@ def rse(
 
     met = running(net, sites, hosts, example, asked=where is not None).shapes
     if not met:
-        raise ValueError(f"{', '.join(hosts)} never run in {type(net).__name__}; choose others with where=")
+        raise ValueError(
+            f"expected layers that run, found that {', '.join(hosts)} never run in {type(net).__name__}; "
+            "choose others with where="
+        )
+    if where is None and not before_linear:
+        _warn_of_linear(net, len(met))
     first, like = next(iter(met)), device_and_dtype(net, sites)
-
-    def shape_at(path: str) -> tuple[int, ...]:
-        if scale_shape == "scalar":
-            return ()
-        if scale_shape == "channel":
-            return per_channel(hosts[path])
-        if example is None:
-            raise ValueError("scale_shape='element' needs the shapes of the activations; pass example=x")
-        return tuple(example.shape[1:] if path == first and init_at == "input" else met[path])
-
     holes = {}
     for path in filter(met.__contains__, hosts):
-        noise = layer(sigma_init if path == first else sigma_inner, shape_at(path))
-        if path == first and init_at == "input":
+        at_input = path == first and init_at == "input"
+        shape = _shape(scale_shape, hosts[path], met[path], example, at_input)
+        noise = layer(sigma_init if path == first else sigma_inner, shape)
+        if at_input:
             name = insert_at_input(net, "input_noise", noise)
         else:
             name = ".".join(filter(None, [path, insert_before(hosts[path], "noise", noise)]))
-        holes[f"{name}.eps"] = shape_at(path)
+        holes[f"{name}.eps"] = shape
     if scale == "variational":
         sites = [*sites, *(_variational(net, path, shape, floor) for path, shape in holes.items())]
     return Defense.from_sites(net, sites, num_data)
@@ -133,10 +144,38 @@ def _hosts(
     if not hosts:
         wanted = "where(path, module)" if where else " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(
-            f"found nothing to put noise before in {type(net).__name__}; looked for {wanted}; "
+            f"expected layers to put noise before, found none in {type(net).__name__}: looked for {wanted}; "
             "pass before_linear=True or where="
         )
     return hosts
+
+
+def _shape(
+    scale_shape: str, host: nn.Module, event: torch.Size, example: Inputs | None, at_input: bool
+) -> tuple[int, ...]:
+    """The shape of the scale of the noise before a layer."""
+    if scale_shape == "scalar":
+        return ()
+    if scale_shape == "channel":
+        return per_channel(host)
+    if example is None:
+        raise ValueError(
+            "expected example= with scale_shape='element', which needs the shapes of the activations, got "
+            "none; pass example=x"
+        )
+    return tuple(example.shape[1:] if at_input else event)
+
+
+def _warn_of_linear(net: nn.Module, count: int) -> None:
+    linear = sum(isinstance(module, nn.Linear) for module in net.modules())
+    if linear > FEW * count:
+        warnings.warn(
+            f"noise goes before {count} of the layers of {type(net).__name__}, its convolutions, and before "
+            f"none of its {linear} linear layers: of a transformer only the patches are made by one; "
+            "before_linear=True adds those that run as modules (attention reads its own weights), "
+            "where=(path, module) any others, such as whole blocks",
+            stacklevel=4,
+        )
 
 
 def _variational(net: nn.Module, path: str, shape: tuple[int, ...], floor: float) -> Site:

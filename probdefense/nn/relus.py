@@ -20,7 +20,12 @@ from probdefense.nn.surgery import free_name, insert_after, matching
 FUNCTIONAL = "functional"
 """The path that stands for all functional ReLUs of a network."""
 
-FUNCTIONS = frozenset({torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu_})
+RELUS = (nn.ReLU, nn.ReLU6)
+
+FUNCTIONS = frozenset(
+    {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+    | {functional.relu, functional.relu_, functional.relu6}
+)
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -37,12 +42,13 @@ def relu_paths(net: nn.Module, where: Where | None = None, paths: Container[str]
         ValueError: no ReLU.
     """
     chosen = where if paths is None else lambda path, module: path in paths
-    hosts = [path for path, _ in matching(net, (nn.ReLU,), chosen)]
+    hosts = [path for path, _ in matching(net, RELUS, chosen)]
     watched = FUNCTIONAL in paths if paths is not None else where is None and _may_call(net)
     if not hosts and not watched:
-        known = ", ".join(path for path, _ in matching(net, (nn.ReLU,))) or "none"
+        known = ", ".join(path for path, _ in matching(net, RELUS)) or "none"
         raise ValueError(
-            f"found no ReLU in {type(net).__name__}; looked for nn.ReLU modules (here: {known}) that where "
+            f"expected a ReLU, found no ReLU in {type(net).__name__}; looked for nn.ReLU modules (here: "
+            f"{known}) that where "
             "accepts, and for calls of F.relu, torch.relu or Tensor.relu"
         )
     return [*hosts, *([FUNCTIONAL] if watched else [])]
@@ -133,7 +139,7 @@ def _watch(net: nn.Module, name: str, layer: nn.Module, required: bool) -> None:
 
 def _mark(net: nn.Module, watch: Watch) -> list[RemovableHandle]:
     handles = []
-    for _, module in matching(net, (nn.ReLU,)):
+    for _, module in matching(net, RELUS):
         handles.append(module.register_forward_pre_hook(partial(watch.mark, True)))
         handles.append(module.register_forward_hook(partial(watch.mark, False)))
     return handles

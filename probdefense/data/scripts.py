@@ -1,0 +1,66 @@
+"""Names in Python files of the user's: ``FILE.py:NAME``."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def named(where: str) -> Any:
+    """What ``FILE.py:NAME`` stands for; a function or class is called without arguments.
+
+    Args:
+        where: The path of a Python file, a colon, and a name in it. The file is run.
+
+    Returns:
+        The object, or what it makes.
+
+    Raises:
+        ValueError: no such file or name, or the file or function raises something; says what.
+
+    Examples:
+        >>> named("absent.py:data")
+        Traceback (most recent call last):
+        ...
+        ValueError: expected a Python file at absent.py, got none; give it as FILE.py:NAME
+    """
+    file, _, name = where.rpartition(":")
+    module = _run(Path(file))
+    if not name.isidentifier() or not hasattr(module, name):
+        known = [each for each in vars(module) if not each.startswith("_")]
+        raise ValueError(
+            f"expected {name!r} in {file}, got a file of {', '.join(known[:20]) or 'nothing'}; name one"
+        )
+    found = getattr(module, name)
+    if not callable(found) or hasattr(found, "__getitem__"):
+        return found
+    try:
+        return found()
+    except Exception as error:  # whatever the user's function says
+        raise ValueError(
+            f"{name}() of {file} raised {_told(error)}; call it in Python to see where"
+        ) from error
+
+
+def _run(path: Path) -> ModuleType:
+    """The module of a file, run once and kept under a name of its own, so that its classes can be pickled."""
+    if not path.is_file():
+        raise ValueError(f"expected a Python file at {path}, got none; give it as FILE.py:NAME")
+    name = f"probdefense_file_{path.stem}_{abs(hash(path.resolve()))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a path that ends in .py has a loader"
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file says
+        del sys.modules[name]
+        raise ValueError(f"{path} raised {_told(error)}; run it in Python to see where") from error
+    return module
+
+
+def _told(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"

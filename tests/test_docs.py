@@ -14,8 +14,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NAV = re.findall(r"(?:- |: )([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2], re.M)
 
-PACKAGES = ("", "attacks", "checks", "defenses", "objectives", "nn", "analysis", "numpyro")
-MODULES = ("losses", "rules", "models", "data", "detection", "calibration")
+PACKAGES = ("", "attacks", "checks", "data", "defenses", "models", "objectives", "nn", "analysis", "numpyro")
+MODULES = ("losses", "rules", "detection", "calibration")
 INTERNAL = {
     "leads",
     "score_margin",
@@ -25,7 +25,6 @@ INTERNAL = {
     "verdicts",
     "margins",
     "as_rule",
-    "import_torchvision",
 }
 """Functions of these modules that the library keeps to itself."""
 

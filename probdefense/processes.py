@@ -91,6 +91,7 @@ class Processes:
         else:
             self.fabric.backward(loss)
 
-    def here(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device of this process."""
-        return tensor if self.fabric is None else tensor.to(self.fabric.device, non_blocking=True)
+    @property
+    def device(self) -> torch.device | None:
+        """Where this process computes; None to leave tensors where they are."""
+        return None if self.fabric is None else self.fabric.device

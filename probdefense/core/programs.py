@@ -8,7 +8,8 @@ guide never runs the network: the event shapes of local sites come from one pass
 """
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pyro
@@ -22,7 +23,7 @@ from torch.func import functional_call
 from probdefense.core.sites import NoiseSite, Site, removed, unique_names
 from probdefense.nn.passes import execution_order, explained, held_still
 from probdefense.nn.placeholder import placeholders
-from probdefense.rng import GLOBAL
+from probdefense.rng import GLOBAL, keyed
 from probdefense.types import Draws, Inputs, Labels
 from probdefense.validation import check_output
 
@@ -64,8 +65,18 @@ class Model(nn.Module):
         self.sites = dict(unique_names(sites))
         self.holes = placeholders(net)
         self.priors = nn.ModuleDict({_key(s): s.prior for s in sites if s.prior is not None})
+        self.generator: torch.Generator | None = None  # of random weights, see `weights_from`
         self._uses: dict[tuple[int, ...], list[Use]] = {}
         self.graph_bytes: dict[tuple[int, ...], int] = {}  # of one image, by shape
+
+    @contextmanager
+    def weights_from(self, seed: int, device: torch.device) -> Iterator[None]:
+        """Inside the block a draw takes random weights from `seed`, and all else as ever."""
+        self.generator = keyed(seed, device)
+        try:
+            yield
+        finally:
+            self.generator = None
 
     @property
     def global_sites(self) -> list[Site]:

@@ -153,7 +153,7 @@ class Vectorized:
 
     def draw(self, x: Inputs) -> Draws:
         """One joint draw of all sites for a batch, differentiable in the guide's parameters."""
-        values = {name: value[0] for name, value in self._draw_global(1).items()}
+        values = {name: value[0] for name, value in self._draw_global(1, self.model.generator).items()}
         return values | {name: value[0] for name, value in self._draw_local(x, (1, len(x))).items()}
 
     def at(self, x: Inputs, draws: Draws) -> Tensor:
@@ -202,8 +202,11 @@ class Vectorized:
         wanted = backend == "vmap" or (backend == "auto" and batch <= VMAP_ROWS)
         return folded if wanted and not _has(self.model.net, UNBATCHED) else 1
 
-    def _draw_global(self, count: int) -> dict[str, Tensor]:
-        return {site.name: site.draw((count, site.size)) for site in self.model.global_sites}
+    def _draw_global(self, count: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {
+            site.name: site.draw((count, site.size), None if isinstance(site, MemberSite) else generator)
+            for site in self.model.global_sites
+        }
 
     def _draw_local(self, x: Inputs, rows: tuple[int, int]) -> dict[str, Tensor]:
         return {use.name: use.site.draw((*rows, *use.shape)) for use in self.model.uses(x)}

@@ -25,10 +25,11 @@ from torch.nn.functional import one_hot
 from probdefense.evaluation.arrays import radii_of
 from probdefense.evaluation.examples import chunks
 from probdefense.evaluation.intervals import wilson
-from probdefense.evaluation.journal import Book, Journal
+from probdefense.evaluation.journal import Book
 from probdefense.evaluation.points import Spent
 from probdefense.evaluation.records import Record
 from probdefense.evaluation.report import Row
+from probdefense.processes import Processes
 from probdefense.progress import progress_bar
 from probdefense.rng import derive, forked
 from probdefense.tables import format_table
@@ -118,6 +119,7 @@ def certify(
     seed: int | None = None,
     chunk_size: int = CHUNK_SIZE,
     journal: str | os.PathLike[str] | None = None,
+    fabric: Any = None,
 ) -> Certificate:
     r"""Certifies radii by randomized smoothing, $R = \sigma\, \Phi^{-1}(\underline{p})$, or abstains.
 
@@ -137,6 +139,7 @@ def certify(
         seed: Of the votes; torch's global state by default.
         chunk_size: Examples that share their votes' noise of weights; one chunk is in memory at a time.
         journal: A folder in which every finished chunk is kept; a rerun with the same seed goes on there.
+        fabric: A `lightning_fabric.Fabric` after ``launch()``, for many processes, see `evaluate`.
 
     Returns:
         A `Certificate`.
@@ -164,15 +167,15 @@ def certify(
     if journal is not None and seed is None:
         raise ValueError("expected seed= beside journal=, got none; a rerun has to draw the same votes")
     sigma = smoothing_scale(defense)
-    key = int(torch.randint(2**62, ())) if seed is None else derive(seed, "certify")
-    book = Book({}, None if journal is None else Journal(journal))
-    if book.journal is not None:
-        asked = {"certify": [n0, n, alpha, target_radius], "seed": seed, "chunk_size": chunk_size}
-        book.journal.open(asked, defense, {})
+    processes = Processes(fabric)
+    key = processes.from_first(int(torch.randint(2**62, ()))) if seed is None else derive(seed, "certify")
+    asked = {"certify": [n0, n, alpha, target_radius], "seed": seed, "chunk_size": chunk_size}
+    book = Book.opened(journal, processes, asked, defense, {})
     device, dtype = torch.device("cpu"), torch.float32
     for chunk in chunks(_labelled(data), chunk_size):
+        chunk = chunk.on(processes.device)
         device, dtype = chunk.x.device, chunk.x.dtype
-        if not book.has(PLACE, chunk):
+        if book.takes(chunk) and not book.has(PLACE, chunk):
             with torch.no_grad(), forked(derive(key, chunk.number), device):
                 chosen, share, spent = _bounded(defense, chunk.x, n0, n, alpha, target_radius, sigma)
             arrays = {"chosen": chosen.cpu().numpy(), "share": share, "num_votes": spent}

@@ -25,6 +25,10 @@ class Chunk(NamedTuple):
         """The numbers of the examples in the whole set, ``(batch,)``."""
         return self.first + torch.arange(len(self.x), device=self.x.device)
 
+    def on(self, device: torch.device | None) -> "Chunk":
+        """The chunk on a device; where it is without one."""
+        return self if device is None else self._replace(x=self.x.to(device), y=self.y.to(device))
+
 
 def chunks(data: Data, size: int, first: int = 0) -> Iterator[Chunk]:
     """The examples in chunks of `size`, whatever the batches that they come in; one chunk is held at a time.

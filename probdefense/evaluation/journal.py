@@ -21,6 +21,7 @@ from probdefense.evaluation.points import Spent
 from probdefense.evaluation.records import Record
 from probdefense.evaluation.rows import Place
 from probdefense.files import whole
+from probdefense.processes import Processes
 from probdefense.types import Attack, LogitsFn
 from probdefense.validation import check_kind
 
@@ -113,25 +114,50 @@ class Journal:
 class Book(NamedTuple):
     """The records of this evaluation, and where they are kept."""
 
-    records: dict[Place, list[Record]]
+    records: dict[Place, dict[int, Record]]
     journal: Journal | None
+    processes: Processes
+
+    @classmethod
+    def opened(
+        cls,
+        folder: str | os.PathLike[str] | None,
+        processes: Processes,
+        settings: Mapping[str, Any],
+        logits_fn: LogitsFn,
+        attacks: Mapping[str, Attack],
+    ) -> "Book":
+        """An empty book, with a journal if there is a folder: all processes share it, the first opens it."""
+        journal = None if folder is None else Journal(folder)
+        if journal is not None:
+            with processes.first_alone():
+                journal.open(settings, logits_fn, attacks)
+        return cls({}, journal, processes)
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether a chunk is for this process."""
+        return chunk.number % self.processes.world == self.processes.rank
 
     def has(self, place: Place, chunk: Chunk) -> bool:
         """Whether a record is there already; one from the journal is taken over."""
         found = None if self.journal is None else self.journal.read(place, chunk)
         if found is not None:
-            self.records.setdefault(place, []).append(found)
+            self.records.setdefault(place, {})[chunk.number] = found
         return found is not None
 
     def write(self, place: Place, chunk: Chunk, record: Record) -> None:
         """Keeps a record."""
-        self.records.setdefault(place, []).append(record)
+        self.records.setdefault(place, {})[chunk.number] = record
         if self.journal is not None:
             self.journal.write(place, chunk, record)
 
     def joined(self) -> dict[Place, Record]:
-        """The records of all chunks as one each."""
-        return {place: Record.joined(parts) for place, parts in self.records.items()}
+        """The records of all chunks, of all processes, as one each: the same in every process."""
+        parts: dict[Place, dict[int, Record]] = {}
+        for records in self.processes.gathered(self.records):
+            for place, of_place in records.items():
+                parts.setdefault(place, {}).update(of_place)
+        return {place: Record.joined([part[n] for n in sorted(part)]) for place, part in parts.items()}
 
 
 def examples_hash(chunk: Chunk) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from probdefense.evaluation.arrays import radii_of
 from probdefense.evaluation.examples import Chunk, chunks, gather, num_chunks
 from probdefense.evaluation.intervals import ESTIMANDS
-from probdefense.evaluation.journal import Book, Journal
+from probdefense.evaluation.journal import Book
 from probdefense.evaluation.points import Run, Spent, Threat, attacked, runs
 from probdefense.evaluation.records import Record
 from probdefense.evaluation.report import Report
@@ -27,6 +27,7 @@ from probdefense.evaluation.verdicts import Judge, rule_name
 from probdefense.logits.adapters import as_logits_fn
 from probdefense.logits.rules import mean_prob, single_draw
 from probdefense.prediction.drawing import draws_kind, is_adaptive
+from probdefense.processes import Processes
 from probdefense.progress import track
 from probdefense.types import Attack, Data, LogitsFn, Norm, Rule
 from probdefense.validation import (
@@ -60,6 +61,7 @@ def evaluate(
     draw_chunk: int | None = None,
     journal: str | os.PathLike[str] | None = None,
     first: int = 0,
+    fabric: Any = None,
 ) -> Report:
     """Accuracy of a defense on clean inputs and under every attack, by every rule.
 
@@ -88,6 +90,9 @@ def evaluate(
         journal: A folder in which every finished chunk is kept; a rerun goes on where it ended.
         first: The number of the first example, a multiple of `chunk_size`, where the data are a shard of a
             larger set; `Report.merge` joins the reports of all shards into the report of the whole.
+        fabric: A `lightning_fabric.Fabric` after ``launch()``, for many processes with the defense on their
+            device: process r takes the chunks whose number is r modulo their count, and every one returns
+            the same report, that of one process byte for byte.
         estimand: What the intervals are about: ``"population"`` or ``"test set"``, see
             `intervals.accuracy_interval`.
 
@@ -125,7 +130,6 @@ def evaluate(
         data = gather(data)
         at_once = max(1, len(data[0]))
     judge = Judge(logits_fn, tuple(rules), num_samples, seed, selects=len(attacks) > 1)
-    book = Book({}, None if journal is None else Journal(journal))
     asked: dict[str, Any] = {
         "norm": _number(norm),
         "num_samples": num_samples,
@@ -133,14 +137,16 @@ def evaluate(
         "confidence": 0.95,
     }
     asked |= {"estimand": estimand, "chunk_size": chunk_size, "draw_chunk": draw_chunk}
-    if book.journal is not None:
-        book.journal.open({**asked, "rules": [rule_name(rule) for rule in rules]}, logits_fn, attacks)
+    named = {**asked, "rules": [rule_name(rule) for rule in rules]}
+    book = Book.opened(journal, Processes(fabric), named, logits_fn, attacks)
     labels: list[np.ndarray] = []
     about: dict[str, Any] = {}
     for chunk in track(chunks(data, at_once, first), f"evaluate {name}", num_chunks(data, at_once)):
+        chunk = chunk.on(book.processes.device)
         about = about or _about(chunk)
         labels.append(chunk.y.cpu().numpy())
-        _see_chunk(book, judge, chunk, runs, threat, draw_chunk)
+        if book.takes(chunk):
+            _see_chunk(book, judge, chunk, runs, threat, draw_chunk)
     report = Report([], asked | about)
     report.arrays.put(np.concatenate(labels), "labels", name)
     report.arrays.put(first + np.arange(len(report.arrays.at("labels", name))), "ids", name)

@@ -38,7 +38,7 @@ def check_size(defense: Any, size: int | None, seen: int = 0) -> None:
         )
 
 
-def check_steps(plan: Any, checkpoints: Any) -> None:
+def check_steps(defense: Any, plan: Any, checkpoints: Any) -> None:
     """Refuses how no step can be made or kept."""
     if checkpoints is not None:
         check_kind("checkpoints", checkpoints, Checkpoints, "pass training.Checkpoints(folder)")
@@ -46,6 +46,12 @@ def check_steps(plan: Any, checkpoints: Any) -> None:
     if plan.max_grad_norm is not None:
         check_positive("max_grad_norm", plan.max_grad_norm)
     check_member("weight_draws", plan.weight_draws, ("independent", "shared"))
+    if plan.weight_draws == "shared" and not hasattr(defense.model, "weights_from"):
+        raise ValueError(
+            "expected weight_draws='independent' for a defense of your own model and guide, whose values "
+            "come "
+            "from Pyro, got 'shared'; build the defense with probdefense.defenses"
+        )
     if plan.autocast not in (None, torch.bfloat16):
         raise ValueError(
             f"expected autocast=torch.bfloat16 or None, got {plan.autocast}; float16 would need its losses "
@@ -72,7 +78,7 @@ def check_optimizer(defense: Any, optimizer: Any) -> torch.optim.Optimizer:
     """Refuses to train nothing: no parameters, or an optimizer that holds those of another module."""
     parameters = {id(p) for p in defense.parameters() if p.requires_grad}
     if not parameters:
-        raise ValueError("the defense has no parameter that requires a gradient, so there is nothing to fit")
+        raise ValueError("expected a parameter that requires a gradient, found none, so there is nothing to fit; unfreeze some")
     if optimizer is None:
         return torch.optim.Adam(defense.param_groups(), lr=1e-3, fused=True)
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
@@ -82,7 +88,8 @@ def check_optimizer(defense: Any, optimizer: Any) -> torch.optim.Optimizer:
         )
     if not any(id(p) in parameters for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            "the optimizer holds none of the defense's parameters, so nothing would be trained; builders "
+            "expected an optimizer of the defense, got one that holds none of the defense's parameters, so "
+            "nothing would be trained; builders "
             "copy the network: make the optimizer from defense.param_groups()"
         )
     return optimizer
@@ -103,6 +110,7 @@ def check_loss(loss: Any, epoch: int, step: int) -> None:
         )
     if not bool(torch.isfinite(loss.detach())):
         raise FloatingPointError(
-            f"the loss became {float(loss.detach())} in epoch {epoch}, step {step}; lower the learning "
+            f"expected a finite loss, found that the loss became {float(loss.detach())} in epoch {epoch}, "
+            f"step {step}; lower the learning "
             "rate, or look for scales that grew without a KL term or a prior"
         )

@@ -47,7 +47,7 @@ class Descent:
     ):
         self.defense, self.optimizer, self.plan, self.processes = defense, optimizer, plan, processes
         self.seed = seed if plan.weight_draws == "shared" and processes.world > 1 else None
-        self.module = processes.wrapped(LossModule(defense, plan.objective))
+        self.module = processes.wrapped(LossModule(defense, self._objective))
         self.joined = processes.world > 1 or plan.accumulate > 1
         self.count = self.examples = 0
 
@@ -66,16 +66,20 @@ class Descent:
         self.examples += len(x)
         with self.processes.unsynced(self.module, not self.complete):
             cast = torch.autocast(x.device.type, plan.autocast, enabled=plan.autocast is not None)
-            with explained(x), cast, self._weights(where[1]):
+            with explained(x), cast, self._weights(where[1], x.device):
                 loss = self.module(x, y, **options)
             check_loss(loss, *where)
             self.processes.backward(loss * len(x) if self.joined else loss)
         return loss.detach()
 
-    def _weights(self, batch: int) -> AbstractContextManager[None]:
+    def _objective(self, defense: Any, x: Inputs, y: Labels, **options: Any) -> Tensor:
+        """The objective with its KL weight, which it may require."""
+        return self.plan.objective(defense, x, y, **options)
+
+    def _weights(self, batch: int, device: torch.device) -> AbstractContextManager[None]:
         if self.seed is None:
             return nullcontext()
-        return self.defense.weights_from(derive(self.seed, "weights", batch))
+        return self.defense.model.weights_from(derive(self.seed, "weights", batch), device)
 
     @property
     def complete(self) -> bool:

@@ -107,8 +107,8 @@ def fit(
     """
     seed = None if seed is None else check_seed(seed)
     plan = Plan(objective, kl_schedule, max_grad_norm, autocast, accumulate, weight_draws)
-    check_steps(plan, checkpoints)
     size, batches = check_data(defense, loader, epochs)
+    check_steps(defense, plan, checkpoints)
     check_functions(objective, kl_schedule, validation, callbacks)
     check_average(average, epochs)
     pace, processes = Pace(schedule), Processes(fabric)

@@ -133,9 +133,9 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        random = self.processes.gathered([self.streams.state(), self.begun])
+        own = self.processes.gathered([self.streams.state(), self.begun, asdict(self.meter)])
         if self.checkpoints is not None and self.processes.rank == 0:
-            state = {"settings": self.settings, "random": random, **self._state()}
+            state = {"settings": self.settings, "own": own, **self._state()}
             self.checkpoints.write(self.epoch, self.batch, state)
 
     def _state(self) -> dict[str, Any]:
@@ -149,7 +149,6 @@ class Run:
             "best": self.watch.state(),
             "objective": [part.state_dict() for part in counters(self.descent.plan.objective)],
             "history": asdict(self.history),
-            "meter": asdict(self.meter),
             "place": [self.epoch, self.batch, self.done, self.steps, self.stopped],
         }
 
@@ -169,9 +168,10 @@ class Run:
                 f"{', '.join(differ)} differ; give this one a folder of its own"
             )
         self.epoch, self.batch, self.done, self.steps, self.stopped = found["place"]
-        self.history, self.meter = History(**found["history"]), Meter(**found["meter"])
+        self.history = History(**found["history"])
         self._restore(found)
-        states, self.begun = found["random"][self.processes.rank]
+        states, self.begun, meter = found["own"][self.processes.rank]
+        self.meter = Meter(**meter)
         self.streams.restore(states)
 
     def _restore(self, found: dict[str, Any]) -> None:

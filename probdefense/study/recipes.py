@@ -236,24 +236,24 @@ RECIPES: dict[str, Recipe] = {
         "a trained network, trained on with FGSM half the time (Goodfellow et al., 2015)",
         _fgsm_retraining,
         base="none",
-        learning_rate=8e-3,
+        learning_rate=16e-3,
     ),
     "distillation": Recipe(
         "defensive distillation at T = 40 (Papernot et al., 2016)",
         _distillation,
         opponents.scale_free,
         cost=2,
-        learning_rate=8e-3,
+        learning_rate=32e-3,
     ),
     "brelu": Recipe(
         "bounded ReLU and Gaussian augmentation (Zantedeschi et al., 2017)",
         _brelu,
         opponents.past_ceilings,
-        learning_rate=8e-3,
+        learning_rate=16e-3,
     ),
-    "madry": Recipe("PGD adversarial training (Madry et al., 2018)", _madry, cost=5, learning_rate=8e-3),
+    "madry": Recipe("PGD adversarial training (Madry et al., 2018)", _madry, cost=5, learning_rate=16e-3),
     "fast": Recipe(
-        "adversarial training by one random FGSM step (Wong et al., 2020)", _fast, cost=2, learning_rate=8e-3
+        "adversarial training by one random FGSM step (Wong et al., 2020)", _fast, cost=2, learning_rate=16e-3
     ),
     "trades": Recipe(
         "TRADES: clean loss and KL to attacked answers (Zhang et al., 2019)",
@@ -265,14 +265,14 @@ RECIPES: dict[str, Recipe] = {
         "Random Self-Ensemble: noise before every convolution (Liu et al., 2018)",
         _rse,
         opponents.matched_loss,
-        learning_rate=8e-3,
+        learning_rate=32e-3,
     ),
     "khan": Recipe(
         "every weight a learned distribution, no prior (Khan et al., 2019)",
         _khan,
         opponents.matched_loss,
         notes={"prior": "none", "kl_weight": 0.0},
-        learning_rate=8e-3,
+        learning_rate=16e-3,
     ),
     "bayesian": Recipe(
         "Bayes by backprop: mean-field weights (Blundell et al., 2015)",
@@ -287,7 +287,7 @@ RECIPES: dict[str, Recipe] = {
         opponents.matched_loss,
         cost=5,
         notes=BAYES,
-        learning_rate=8e-3,
+        learning_rate=4e-3,
     ),
     "pni": Recipe(
         "trained weight noise, half adversarial (He et al., 2019)",

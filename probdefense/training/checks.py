@@ -78,7 +78,10 @@ def check_optimizer(defense: Any, optimizer: Any) -> torch.optim.Optimizer:
     """Refuses to train nothing: no parameters, or an optimizer that holds those of another module."""
     parameters = {id(p) for p in defense.parameters() if p.requires_grad}
     if not parameters:
-        raise ValueError("expected a parameter that requires a gradient, found none, so there is nothing to fit; unfreeze some")
+        raise ValueError(
+            "expected a parameter that requires a gradient, found none, so there is nothing to fit; unfreeze "
+            "some"
+        )
     if optimizer is None:
         return torch.optim.Adam(defense.param_groups(), lr=1e-3, fused=True)
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):

@@ -15,11 +15,19 @@ import torch
 
 from probdefense.analysis.fits import posterior, read_fit
 from probdefense.core.defense import Defense
-from probdefense.evaluation.report import Report
+from probdefense.evaluation.report import Report, check_report
 from probdefense.prediction.predictive import Prediction
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Labels
-from probdefense.validation import check_classes, check_count, check_examples, check_labels, check_seed
+from probdefense.validation import (
+    check_classes,
+    check_count,
+    check_examples,
+    check_kind,
+    check_labels,
+    check_like,
+    check_seed,
+)
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -93,7 +101,20 @@ def to_arviz(
             "expected data=(x, y) with a defense, got none; the predictive and the log-likelihood are at x"
         )
     data = check_examples(data)
-    return _of_fits(fits, data, num_samples, adversarial or {}, weights, seed)
+    check_kind(
+        "adversarial", adversarial or {}, Mapping, "give attacked inputs by radius, as in {0.1: x_adv}"
+    )
+    attacked = {eps: _attacked(points, data[0]) for eps, points in (adversarial or {}).items()}
+    return _of_fits(fits, data, num_samples, attacked, weights, seed)
+
+
+def _attacked(points: Any, x: Inputs) -> Inputs:
+    points = check_like(points, x, "adversarial inputs")
+    if len(points) != len(x):
+        raise ValueError(
+            f"expected adversarial inputs of the {len(x)} examples, got {len(points)}; attack all of them"
+        )
+    return points
 
 
 def from_groups(
@@ -192,11 +213,14 @@ def _of_prediction(prediction: Prediction, y: Labels | None, num_samples: int, s
 
 def _of_report(report: Report, num_samples: int, seed: int) -> Any:
     place = ("defense", "attack", "eps", "rule")
+    check_report(report)
     labels = [report.arrays.key(*(row[name] for name in place)) for row in report.rows]
     correct = [report.arrays.at("correct", label) for label in labels]
     sizes = {verdicts.shape[1] for verdicts in correct}
     if len(sizes) != 1:
-        raise ValueError(f"expected rows on the same examples, got {sorted(sizes)} examples")
+        raise ValueError(
+            f"expected rows on the same examples, got {sorted(sizes)} examples; evaluate all on the same data"
+        )
     about = ("defense", "attack", "eps", "rule", "attack_samples", "gradients")
     groups: Groups = {
         "posterior": {"accuracy": _bootstrap(correct, num_samples, seed)[None]},

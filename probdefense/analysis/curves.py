@@ -13,8 +13,9 @@ import numpy as np
 
 from probdefense.analysis.arviz import from_groups
 from probdefense.analysis.thresholds import Outcomes, predict_draws, start, success_model, tally
-from probdefense.evaluation.report import Report
-from probdefense.validation import check_count, check_member, check_seed
+from probdefense.evaluation.arrays import radii_of
+from probdefense.evaluation.report import Report, check_report
+from probdefense.validation import check_count, check_kind, check_member, check_seed
 
 MAX_R_HAT = 1.02
 MIN_ESS = 100
@@ -113,7 +114,8 @@ def robustness_curve(
     if isinstance(results, Report):
         success, radii = _of_report(results, attack, rule)
     else:
-        success, radii = dict(results), np.asarray([] if eps is None else eps, dtype=float)
+        check_kind("results", results, Mapping, "give a Report, or arrays by defense")
+        success, radii = dict(results), np.asarray([] if eps is None else radii_of(eps))
     bits = _checked(success, radii)
     outcomes = tally(bits, radii)
     chains = run_chains(
@@ -174,7 +176,7 @@ def _of_report(
     report: Report, attack: str | None, rule: str | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """One verdict per example at every radius, clean included, by defense."""
-    rule = rule or report.rows[0]["rule"]
+    rule = rule or check_report(report).rows[0]["rule"]
     names = list(dict.fromkeys(row["attack"] for row in report.rows if row["attack"] != "clean"))
     if attack is None and "worst" not in names and len(names) > 1:
         raise ValueError(f"expected attack= with several attacks in the report; known: {', '.join(names)}")
@@ -195,8 +197,21 @@ def _of_report(
 
 def _checked(success: dict[str, np.ndarray], eps: np.ndarray) -> np.ndarray:
     shapes = {np.shape(value) for value in success.values()}
-    if len(eps) < 2 or bool((np.diff(eps) <= 0).any()) or eps.min() < 0:
-        raise ValueError(f"expected at least two radii, rising from 0 or more, got {eps.tolist()}")
-    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != len(eps):
-        raise ValueError(f"expected arrays ({len(eps)} radii, examples), all alike, got {sorted(shapes)}")
-    return np.stack([np.asarray(value).astype(bool) for value in success.values()])
+    if len(eps) < 2 or not bool((np.diff(eps) > 0).all()) or eps.min() < 0:
+        raise ValueError(
+            f"expected at least two radii, rising from 0 or more, got {eps.tolist()}; give those of the "
+            "arrays"
+        )
+    fits = len(shapes) == 1 and all(len(s) == 2 and s[0] == len(eps) and s[1] > 0 for s in shapes)
+    if not fits:
+        raise ValueError(
+            f"expected arrays ({len(eps)} radii, examples), all alike, got {sorted(shapes)}; give one row "
+            "per "
+            "radius"
+        )
+    tables = [np.asarray(value) for value in success.values()]
+    if not all(bool(np.isin(table, (0, 1)).all()) for table in tables):
+        raise ValueError(
+            "expected every entry true or false, got others; say for each example if it was fooled"
+        )
+    return np.stack([table.astype(bool) for table in tables])

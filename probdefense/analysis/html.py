@@ -18,9 +18,10 @@ from probdefense.analysis.plots import accuracy_chart, norm_name, robustness_cur
 from probdefense.analysis.style import COLORS, MUTED
 from probdefense.checks.results import Check
 from probdefense.evaluation.comparison import Comparison
-from probdefense.evaluation.report import Report, Row
+from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.files import whole
 from probdefense.types import Inputs
+from probdefense.validation import check_kind
 
 DARK = ("#56a8e0", "#f28a4b", "#3cc49a", "#e0a2c4", "#f0b84a", "#8fcbf0", "#c2a063")
 """`COLORS` on a dark page, in the same order."""
@@ -87,6 +88,8 @@ def write_html(
     """
     import jinja2
 
+    check_report(report)
+    check_kind("folder", folder, (str, os.PathLike), "give the path of a folder")
     checks = checks or {}
     details = (
         _checked(checks, fired=True),

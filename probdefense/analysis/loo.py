@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from probdefense.analysis.arviz import from_groups
+from probdefense.analysis.pictures import groups_of
 from probdefense.core.defense import Defense
 from probdefense.core.programs import vector
 from probdefense.core.sites import WeightSite
 from probdefense.rng import forked
 from probdefense.types import Inputs, Labels
-from probdefense.validation import check_count, check_examples, check_kind, check_seed
+from probdefense.validation import check_classes, check_count, check_examples, check_kind, check_seed
 
 
 class Loo(NamedTuple):
@@ -64,8 +65,13 @@ def loo(tree: Any) -> Loo:
         >>> loo(tree).num_dropped
         0
     """
-    if "log_likelihood" not in tree or "weights_are_random" not in tree["log_likelihood"].attrs:
-        raise ValueError("expected a container that to_arviz(defense, (x, y)) made, with its log-likelihood")
+    found = groups_of(tree)
+    if "log_likelihood" not in found or "weights_are_random" not in tree["log_likelihood"].attrs:
+        raise ValueError(
+            "expected a container with the log-likelihood of a defense, got groups "
+            f"{', '.join(sorted(found))}; "
+            "make it with to_arviz(defense, (x, y))"
+        )
     group = tree["log_likelihood"]
     log_lik = np.asarray(group["y"], dtype=np.float64)
     draws = log_lik.reshape(-1, log_lik.shape[-1])
@@ -124,6 +130,7 @@ def guide_k_hat(
     with torch.no_grad(), forked(seed, x.device):
         frozen: Any = defense.freeze(num_samples)
         log_probs = frozen(x).double().log_softmax(-1)
+        check_classes(y, log_probs.shape[-1])
         ratio = log_probs.gather(-1, y.expand(log_probs.shape[:-1]).unsqueeze(-1)).sum((1, 2))
         for site in sites:
             value = frozen.drawn[site.name]

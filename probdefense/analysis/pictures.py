@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from probdefense.analysis.style import (
     COLORS,
@@ -23,6 +25,15 @@ from probdefense.analysis.style import (
 from probdefense.evaluation.intervals import wilson
 from probdefense.prediction.predictive import Prediction
 from probdefense.types import Inputs, Labels
+from probdefense.validation import (
+    check_count,
+    check_inputs,
+    check_kind,
+    check_like,
+    check_log_probs,
+    check_positive,
+    check_vector,
+)
 
 
 def noise_scales(tree: Any, ax: Any = None) -> Any:
@@ -45,10 +56,11 @@ def noise_scales(tree: Any, ax: Any = None) -> Any:
         >>> [label.get_text() for label in noise_scales(tree).get_yticklabels()]
         ['input_noise', '2.noise']
     """
-    posterior = tree["posterior"] if "posterior" in _groups(tree) else {}
+    posterior = tree["posterior"] if "posterior" in groups_of(tree) else {}
     if "noise_scale" not in posterior:
         raise ValueError(
-            "this container has no noise layers; expected to_arviz(defense, data) of a noisy one"
+            "expected a container with noise layers, got one that has no noise layers; make it with "
+            "to_arviz(defense, data) of a noisy defense"
         )
     values = posterior["noise_scale"]
     layers = [str(name) for name in values["noise_layer"].values]
@@ -86,9 +98,9 @@ def entropy_clean_attacked(clean: Any, attacked: Any, ax: Any = None) -> Any:
         >>> entropy_clean_attacked(torch.rand(20), 1 + torch.rand(20)).get_xlabel()
         'predictive entropy (nats)'
     """
+    both = {"clean": _entropies(clean, "clean"), "attacked": _entropies(attacked, "attacked")}
     ax = new_axes(ax, (4.8, 3.6))
-    for name, source, color in (("clean", clean, COLORS[0]), ("attacked", attacked, COLORS[1])):
-        values = np.sort(np.asarray(getattr(source, "predictive_entropy", source)))
+    for (name, values), color in zip(both.items(), COLORS, strict=False):
         shares = np.arange(1, len(values) + 1) / len(values)
         ax.step(values, shares, where="post", color=color, linewidth=2)
         text, middle = f"{name}\nmedian {np.median(values):.2f}", len(values) // 2
@@ -134,6 +146,12 @@ def reliability(
         'confidence'
     """
     named = predictions if isinstance(predictions, Mapping) else {"": predictions}
+    num_bins = check_count("num_bins", num_bins)
+    if not named:
+        raise ValueError("expected at least one prediction, got none; give predict(...) or several by name")
+    for prediction in named.values():
+        check_kind("predictions", prediction, Prediction, "probdefense.predict(...) makes one")
+        check_log_probs(prediction.log_probs, y)
     ax = new_axes(ax, (5.2, 4.6))
     ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     for number, ((name, prediction), color) in enumerate(zip(named.items(), cycle(len(named)), strict=True)):
@@ -187,6 +205,15 @@ def image_grid(
         >>> image_grid(x, (x + 0.1).clamp(0, 1)).shape
         (3, 4)
     """
+    check_like(x_adv, check_inputs(x), "x_adv")
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"expected images (batch, 1 or 3 channels, height, width), got {tuple(x.shape)}; choose "
+            "channels, or "
+            "reshape vectors with x.view(-1, 1, height, width)"
+        )
+    if amplify is not None:
+        check_positive("amplify", amplify)
     columns = min(len(x), 8)
     clean, attacked = (np.asarray(v[:columns].detach().cpu(), dtype=float) for v in (x, x_adv))
     change = np.abs(attacked - clean)
@@ -225,10 +252,10 @@ def loss_traces(losses: Mapping[str, np.ndarray], ax: Any = None) -> Any:
         >>> loss_traces({"pgd": np.random.default_rng(0).normal(size=(40, 16))}).get_xlabel()
         'step'
     """
+    tables = _tables(losses)
     ax, ends = new_axes(ax, (4.8, 3.6)), []
     colors = cycle(len(losses))
-    for values, color in zip(losses.values(), colors, strict=True):
-        table = np.asarray(values, dtype=float).reshape(len(values), -1)
+    for table, color in zip(tables, colors, strict=True):
         steps = np.arange(1, len(table) + 1)
         low, high = np.quantile(table, [0.05, 0.95], axis=1)
         ax.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
@@ -242,6 +269,45 @@ def loss_traces(losses: Mapping[str, np.ndarray], ax: Any = None) -> Any:
     return ax
 
 
-def _groups(tree: Any) -> set[str]:
-    """Names of the groups of a container of either version of ArviZ."""
+def _entropies(source: Any, name: str) -> np.ndarray:
+    """Sorted entropies of a prediction, or those given."""
+    found = getattr(source, "predictive_entropy", source)
+    if not isinstance(found, Tensor | np.ndarray):
+        raise TypeError(
+            f"expected {name} as a Prediction or entropies (batch,), got {type(source).__name__}; "
+            "probdefense.predict(...) makes one"
+        )
+    return np.sort(check_vector(torch.as_tensor(found).detach().cpu(), name).numpy())
+
+
+def _tables(losses: Any) -> list[np.ndarray]:
+    """Losses as arrays ``(steps, draws)``."""
+    check_kind("losses", losses, Mapping, "give arrays by name")
+    tables = []
+    for name, values in losses.items():
+        found = values.detach().cpu() if isinstance(values, Tensor) else values
+        if (
+            not isinstance(found, Tensor | np.ndarray | list | tuple)
+            or np.asarray(found).dtype.kind not in "fiu"
+        ):
+            raise TypeError(
+                f"expected {name!r} as numbers (steps, draws), got {type(values).__name__}; give an array"
+            )
+        table = np.asarray(found, dtype=float)
+        tables.append(table.reshape(len(table), -1) if table.size else table)
+    if not tables or any(table.size == 0 for table in tables):
+        raise ValueError("expected at least one loss of at least one step, got none; leave empty ones out")
+    return tables
+
+
+def groups_of(tree: Any) -> set[str]:
+    """Names of the groups of a container of either version of ArviZ.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not hasattr(tree, "children") and not callable(getattr(tree, "groups", None)):
+        raise TypeError(
+            f"expected a container of to_arviz, got {type(tree).__name__}; to_arviz(...) makes one"
+        )
     return set(tree.children) if hasattr(tree, "children") else set(tree.groups())

@@ -21,8 +21,11 @@ from probdefense.analysis.style import (
     percent,
     quiet,
 )
-from probdefense.evaluation.report import Report, Row
+from probdefense.evaluation.arrays import exact
+from probdefense.evaluation.certification import Certificate
+from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.types import Labels
+from probdefense.validation import check_kind, check_labels, check_member, check_positive
 
 
 def accuracy_chart(
@@ -46,8 +49,13 @@ def accuracy_chart(
         >>> [text.get_text() for text in accuracy_chart(report).texts if "[" not in text.get_text()][0]
         'defense'
     """
-    rule = rule or report.rows[0]["rule"]
-    eps = max(row["eps"] for row in report.rows) if eps is None else eps
+    rule = rule_of(report, rule)
+    radii = sorted({row["eps"] for row in report.rows})
+    if eps is not None and check_positive("eps", eps, zero=True) not in radii:
+        raise ValueError(
+            f"expected eps as one of the report's, {', '.join(map(exact, radii))}, got {eps}; known: these"
+        )
+    eps = max(radii) if eps is None else eps
     rows = [r for r in report.rows if r["rule"] == rule and r["eps"] in (eps, 0.0)]
     ax = new_axes(ax, (4.8, 0.9 + 0.21 * (len(rows) + 1.4 * len(report.defenses))))
     height, ticks = 0.0, []
@@ -96,13 +104,13 @@ def robustness_curves(
         >>> robustness_curves(report).get_xlabel()
         'radius (pixels)'
     """
+    if not isinstance(source, RobustnessCurve):
+        rule, attack = rule_of(source, rule), _attack_of(source, attack)
     ax = new_axes(ax, (4.8, 4.0))
     if isinstance(source, RobustnessCurve):
         ends, about = _draw_bands(ax, source), "posterior median and 95 % band; dots are measured"
     else:
-        if attack is None and not shared_attacks(source):
-            raise ValueError("expected an attack that every defense of the report was under, found none")
-        rule, attack = rule or source.rows[0]["rule"], attack or shared_attacks(source)[-1]
+        assert rule is not None and attack is not None
         ends, about = {}, f"attack {attack}, rule {rule}, 95 % intervals"
         for name, color in zip(source.defenses, cycle(len(source.defenses)), strict=True):
             ends[name] = _draw_rows(ax, source.curve(attack, rule, defense=name), "eps", color)
@@ -148,11 +156,18 @@ def certified_vs_empirical(
         >>> certified_vs_empirical(certificate, torch.tensor([0, 1])).get_xlabel()
         'L2 radius (pixels)'
     """
-    ax, reach = new_axes(ax, (4.8, 4.0)), 1.1 * max(float(certificate.radius.max()), 1e-6)
+    check_kind("certificate", certificate, Certificate, "probdefense.certify(...) makes one")
+    check_labels(y, len(certificate.label))
     if report is not None:
+        rule = rule_of(report, rule)
         if str(report.settings.get("norm")) != "2":
-            raise ValueError(f"expected a report in the L2 norm, got norm {report.settings.get('norm')}")
-        rows = report.curve(attack or report.rows[-1]["attack"], rule or report.rows[0]["rule"])
+            raise ValueError(
+                f"expected a report in the L2 norm, got norm {report.settings.get('norm')}; evaluate with "
+                "norm=2"
+            )
+    ax, reach = new_axes(ax, (4.8, 4.0)), 1.1 * max(float(certificate.radius.max()), 1e-6)
+    if report is not None and rule is not None:
+        rows = report.curve(attack or report.rows[-1]["attack"], rule)
         reach = max(reach, _draw_rows(ax, rows, "eps", COLORS[1])[0])
         middle = rows[len(rows) // 2]
         note(ax, "left by the attack", (middle["eps"], middle["accuracy"]), (8, 8), color=COLORS[1])
@@ -194,11 +209,14 @@ def eot_convergence(
         >>> eot_convergence(report).get_xlabel()
         'draws per gradient step'
     """
-    rule, reach = rule or report.rows[0]["rule"], max(row["eps"] for row in report.rows)
+    rule = rule_of(report, rule)
+    reach = max(row["eps"] for row in report.rows)
     rows = [r for r in report.rows if (r["rule"], r["eps"]) == (rule, reach) and r["attack_samples"]]
     rows = [row for row in rows if attacks is None or row["attack"] in attacks]
     if not rows:
-        raise ValueError("expected attacks with draws per call, as by with_draws(attack, 16), got none")
+        raise ValueError(
+            "expected attacks with draws per call, got none; evaluate with_draws(attack, 16) and others"
+        )
     rows.sort(key=lambda row: row["attack_samples"])
     ax, ends = new_axes(ax, (4.8, 3.8)), {}
     names = list(dict.fromkeys(row["defense"] for row in rows))
@@ -245,6 +263,30 @@ def _draw_rows(ax: Any, rows: Sequence[Row], name: str, color: str) -> tuple[flo
         ax.vlines(x, low, high, color=color, linewidth=2, alpha=0.4, clip_on=False)
         ax.plot(x, y, "o-", color=color, markersize=5, linewidth=1.5, clip_on=False)
     return float(x[-1]), float(y[-1])
+
+
+def rule_of(report: Report, rule: str | None) -> str:
+    """The rule that was asked for, or the first of the report.
+
+    Raises:
+        TypeError: no report.
+        ValueError: a report without rows, or no such rule.
+    """
+    known = [row["rule"] for row in check_report(report).rows]
+    check_member("rule", known[0] if rule is None else rule, set(known))
+    return known[0] if rule is None else rule
+
+
+def _attack_of(report: Report, attack: str | None) -> str:
+    """The attack that was asked for, or the last that every defense was under."""
+    if attack is not None:
+        check_member("attack", attack, {row["attack"] for row in report.rows})
+        return attack
+    if not shared_attacks(report):
+        raise ValueError(
+            "expected an attack that every defense of the report was under, found none; name one by attack="
+        )
+    return shared_attacks(report)[-1]
 
 
 def shared_attacks(report: Report) -> list[str]:

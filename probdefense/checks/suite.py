@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from probdefense.attacks.tools.border import outside_inference
 from probdefense.checks.bench import Bench
 from probdefense.checks.comparisons import comparisons
 from probdefense.checks.gradients import gradients
@@ -100,8 +101,9 @@ def run(
     if gradient_free is not None:
         check_function("gradient_free", gradient_free, "logits_fn", "x", "y", eps=eps, norm=norm)
     logits_fn = as_logits_fn(logits_fn)
-    bench = Bench(logits_fn, x, y, eps, norm, rule, loss, num_gradients, num_samples, num_verdict, seed)
-    with forked(derive(seed, "checks"), x.device):
+    with outside_inference(), forked(derive(seed, "checks"), x.device):
+        x, y = (part.clone() if part.is_inference() else part for part in (x, y))
+        bench = Bench(logits_fn, x, y, eps, norm, rule, loss, num_gradients, num_samples, num_verdict, seed)
         before = answer(bench)
         check_classes(y, before.shape[-1])
         attacked = [*gradients(bench), *optimization(bench), *comparisons(bench, gradient_free)]

@@ -115,7 +115,7 @@ class Replayed:
         with own_params(), Given(draws or {}):
             guide = poutine.trace(self.guide).get_trace(x, y)
             with Given(_values(guide, plates=True)):
-                model = poutine.trace(self.model).get_trace(x, y)
+                model = poutine.trace(self.model).get_trace(x.clone(), y)
         for seen in (guide, model):
             self._refuse_loose(seen)
         values = _values(model) | _values(guide)
@@ -146,14 +146,14 @@ class Replayed:
     def at(self, x: Inputs, draws: Draws) -> Tensor:
         """Logits at one given draw, ``(1, batch, classes)``."""
         with own_params(), held_still(self.model), Given(draws):
-            return self._answer(self.model(x), x).unsqueeze(0)
+            return self._answer(self.model(x.clone()), x).unsqueeze(0)
 
     def mean(self, x: Inputs) -> Tensor:
         """Logits with every latent site at the mean of the guide, ``(1, batch, classes)``."""
         with GLOBAL, Means():
             guide = self.trace(x)
             with own_params(), held_still(self.model), Given(_values(guide, plates=True)):
-                return self._answer(self.model(x, _any_labels(x)), x).unsqueeze(0)
+                return self._answer(self.model(x.clone(), _any_labels(x)), x).unsqueeze(0)
 
     @staticmethod
     def _answer(logits: Any, x: Inputs) -> Tensor:
@@ -164,7 +164,7 @@ class Replayed:
         """One run of the guide and one of the model at its values."""
         guide = self.trace(x)
         with own_params(), held_still(self.model), Given(_values(guide, plates=True)):
-            return guide, poutine.trace(self.model).get_trace(x, _any_labels(x))
+            return guide, poutine.trace(self.model).get_trace(x.clone(), _any_labels(x))
 
     def trace(self, x: Inputs) -> Trace:
         """One trace of the guide."""
@@ -186,7 +186,7 @@ class Replayed:
         leaves = {name: value.detach().clone() for name, value in drawn.items()}
         leaves = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in leaves.items()}
         with own_params(), held_still(self.model), Given(leaves):
-            model = poutine.trace(self.model).get_trace(x, _any_labels(x))
+            model = poutine.trace(self.model).get_trace(x.clone(), _any_labels(x))
         found: set[str] = set()
         for name, site in random_sites(model).items():
             density = site["fn"].log_prob(site["value"].detach()).sum()

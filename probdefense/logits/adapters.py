@@ -155,7 +155,8 @@ class Bare:
 
     def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
         """Whatever the callable answers, checked to have a sample axis."""
-        logits = self.function(x, num_samples) if self.takes_count else self.function(x)
+        copied = x.clone()  # functions may work in place, and x is the caller's
+        logits = self.function(copied, num_samples) if self.takes_count else self.function(copied)
         check_logits(logits, len(x))
         return logits
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from probdefense.logits.adapters import Samples
 from probdefense.types import Inputs, Logits
-from probdefense.validation import check_count
+from probdefense.validation import check_count, check_function, check_kind
 
 Apply = Callable[[Any, Any], Any]
 
@@ -48,6 +48,8 @@ def bridge(apply_fn: Apply, draws: Mapping[str, Any]) -> "Bridge":
         >>> posterior(torch.rand(2, 4), num_samples=7).shape
         torch.Size([7, 2, 3])
     """
+    check_function("apply_fn", apply_fn, "params", "x")
+    check_kind("draws", draws, Mapping, "take mcmc.get_samples()")
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(dict(draws))}
     if len(sizes) != 1 or () in sizes:
         raise ValueError(

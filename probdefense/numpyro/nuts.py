@@ -311,12 +311,14 @@ def _refuse_unfit_sites(model: Any, x: Inputs, y: Labels) -> None:
             continue
         if any(frame.vectorized for frame in site["cond_indep_stack"]):
             raise ValueError(
-                f"site {name!r} is drawn for every example: NUTS would infer its noise from the labels, "
+                f"expected random weights alone, got site {name!r}, which is drawn for every example: NUTS "
+                "would infer its noise from the labels, "
                 "which is not the defense; sample the weights alone"
             )
         if site["mask"] is False:
             raise ValueError(
-                f"the weights at site {name!r} have no prior, so they have no posterior to sample"
+                f"expected a prior, found that the weights at site {name!r} have no prior, so they have no "
+                "posterior to sample; build the defense with one"
             )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot
 from torch import Tensor, nn
 
 import probdefense as pd
@@ -70,6 +71,7 @@ class World:
             ]
         found["random"], found["generator"] = torch.get_rng_state(), self.generator.get_state()
         found["gradients"] = torch.is_grad_enabled()
+        found["figures"] = pyplot.get_fignums()
         return found
 
 

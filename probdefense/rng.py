@@ -129,7 +129,7 @@ class Stream:
             device = "cpu" if seed is None else seed.device
             keys = torch.randint(2**62, (len(x),), generator=seed, device=device)
             return cls(keys.to(x.device))
-        if hasattr(seed, "shape") and seed.shape != ():
+        if isinstance(shape := getattr(seed, "shape", ()), tuple) and shape != ():
             return cls(hash_keys(0, check_seeds(seed, len(x)).to(x.device)))
         return cls(hash_keys(check_seed(seed), torch.arange(len(x), device=x.device)))
 

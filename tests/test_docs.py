@@ -18,6 +18,8 @@ PACKAGES = ("", "attacks", "checks", "data", "defenses", "models", "objectives",
 MODULES = ("losses", "rules", "detection", "calibration")
 INTERNAL = {
     "leads",
+    "loss",
+    "of_draws",
     "score_margin",
     "spread",
     "scale_free",

@@ -98,13 +98,13 @@ def to_arviz(
         )
     if data is None:
         raise TypeError(
-            "expected data=(x, y) with a defense, got none; the predictive and the log-likelihood are at x"
+            "expected data=(x, y), got none; a defense needs data=(x, y), where its predictive and its "
+            "log-likelihood are taken"
         )
     data = check_examples(data)
-    check_kind(
-        "adversarial", adversarial or {}, Mapping, "give attacked inputs by radius, as in {0.1: x_adv}"
-    )
-    attacked = {eps: _attacked(points, data[0]) for eps, points in (adversarial or {}).items()}
+    adversarial = {} if adversarial is None else adversarial
+    check_kind("adversarial", adversarial, Mapping, "give attacked inputs by radius, as in {0.1: x_adv}")
+    attacked = {eps: _attacked(points, data[0]) for eps, points in adversarial.items()}
     return _of_fits(fits, data, num_samples, attacked, weights, seed)
 
 

@@ -67,7 +67,9 @@ def _found(net: nn.Module, key: str | type[nn.Module]) -> list[tuple[str, nn.Mod
     found = [(n, m) for n, m in modules if (n == key if isinstance(key, str) else isinstance(m, key))]
     if not found:
         known = ", ".join(f"{n} ({type(m).__name__})" for n, m in modules if n)
-        raise ValueError(f"unknown: no module {key!r} to give a surrogate; known: {known}")
+        raise ValueError(
+            f"expected a name or a class, found no module {key!r} to give a surrogate; known: {known}"
+        )
     return found
 
 

@@ -159,7 +159,8 @@ def _counts(stages: list[Stage], budget: int, overhead: int) -> list[int]:
     needed = fixed + math.ceil(LEAST * total * dearest)
     if budget < needed:
         raise ValueError(
-            f"expected a budget of at least {needed}, got {budget}; every attack needs {LEAST} steps"
+            f"expected more, got too little: budget={budget} does not pay for {LEAST} steps of every "
+            f"attack; needed: {needed}"
         )
     return [int((budget - fixed) * stage.share / total / stage.each) for stage in stages]
 

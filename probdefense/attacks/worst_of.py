@@ -95,6 +95,7 @@ def made_of(body: Callable[..., Inputs], attacks: Sequence[Attack]) -> Attack:
     own = [p for p in inspect.signature(body).parameters.values() if p.kind is not p.VAR_KEYWORD]
     taken = {name: p for one in attacks for name, p in free_options(one).items()}
     public: Any = attack(body)
+    public.parts = tuple(attacks)  # so that a radius or a norm that one of them fixes can be known
     public.__signature__ = inspect.Signature(
         [*own, *(p for name, p in taken.items() if name not in ("seed", "max_batch"))]
     )

@@ -127,7 +127,8 @@ class Model(nn.Module):
         with self.turn, held_still(self.net) if still else nullcontext(), explained(x):
             for hole in self.holes.values():
                 hole.uses = 0
-            logits = functional_call(self.net, tensors, (x,)) if tensors else self.net(x)
+            copied = x.clone()  # networks may work in place, and x is the caller's
+            logits = functional_call(self.net, tensors, (copied,)) if tensors else self.net(copied)
         check_output(logits, len(x))
         return logits
 

@@ -150,7 +150,8 @@ def restored(value: Any, where: str) -> Any:
 
 def _several(net: Any) -> Any:
     """The networks of an ensemble as a list; anything else as it is."""
-    single = isinstance(net, nn.Module | str) and not isinstance(net, nn.ModuleList)
+    single = isinstance(net, nn.Module | str) or hasattr(net, "__array__")
+    single = single and not isinstance(net, nn.ModuleList)
     return list(net) if isinstance(net, Iterable) and not single else net
 
 

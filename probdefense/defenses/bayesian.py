@@ -129,6 +129,8 @@ def signal_to_noise(defense: Defense) -> dict[str, float]:
             sums[0] += float(signal[name].square().sum())
             sums[1] += float(noise[name].sum())
     if not power:
-        raise ValueError("expected random weights, found none; make them with bayesian(net, ...)")
+        raise ValueError(
+            "expected a Bayesian network, found no random weights; make them with bayesian(net, ...)"
+        )
     order = [path for path, _ in defense.net.named_modules() if path in power]
     return {path: (power[path][0] / power[path][1]) ** 0.5 for path in order}

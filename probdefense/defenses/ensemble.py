@@ -49,8 +49,10 @@ def ensemble(nets: Iterable[nn.Module], *, num_data: int | None = None) -> Defen
         >>> defense(torch.rand(2, 4), num_samples=5).shape
         torch.Size([5, 2, 3])
     """
-    if not isinstance(nets, Iterable) or (
-        isinstance(nets, nn.Module) and not isinstance(nets, nn.ModuleList)
+    if (
+        not isinstance(nets, Iterable)
+        or hasattr(nets, "__array__")
+        or (isinstance(nets, nn.Module) and not isinstance(nets, nn.ModuleList))
     ):
         raise TypeError(f"expected a list of networks, got {type(nets).__name__}; give [net, ...]")
     members = list(nets)

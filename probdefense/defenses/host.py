@@ -46,7 +46,11 @@ def host(net_or_defense: nn.Module, num_data: int | None) -> Host:
         ValueError: two different data-set sizes.
     """
     if not isinstance(net_or_defense, nn.Module):
-        raise TypeError(f"expected an nn.Module or a Defense, got {type(net_or_defense).__name__}")
+        raise TypeError(
+            f"expected an nn.Module or a Defense, got {type(net_or_defense).__name__}; write the network as "
+            "a "
+            "module"
+        )
     refuse_replicas(net_or_defense)
     if not isinstance(net_or_defense, Defense):
         return Host(copy.deepcopy(net_or_defense), [], num_data)
@@ -57,7 +61,7 @@ def host(net_or_defense: nn.Module, num_data: int | None) -> Host:
         )
     known = net_or_defense.num_data
     if num_data is not None and known is not None and num_data != known:
-        raise ValueError(f"expected num_data={known}, as in the given Defense, got {num_data}")
+        raise ValueError(f"expected num_data={known}, as in the given Defense, got {num_data}; leave it out")
     twin = copy.deepcopy(net_or_defense)
     return Host(twin.net, list(twin.sites.values()), num_data if num_data is not None else known)
 
@@ -131,7 +135,8 @@ def _shown(
 ) -> tuple[Shapes, Inputs]:
     if not isinstance(example, Tensor) or example.dim() < 1 or len(example) == 0:
         raise ValueError(
-            f"expected example as a batch of inputs (batch, *event), got {type(example).__name__}"
+            f"expected example as a batch of inputs (batch, *event), got {type(example).__name__}; pass a "
+            "tensor as the network takes it"
         )
     try:
         return input_shapes(net, list(paths), example, given), example[:1]

@@ -96,8 +96,8 @@ def jump_relu(
             return JumpReLU(threshold).to(like)
         if not isinstance(threshold, Distribution):
             raise ValueError(
-                f"expected a distribution to start from with learned=True, got {threshold}; give one such as "
-                f"Normal({threshold}, 0.1), since a fixed threshold has no gradient"
+                f"expected another kappa, got {threshold}: learned=True needs a distribution to start from, "
+                f"since a fixed threshold has no gradient; give one such as Normal({threshold}, 0.1)"
             )
         return MarginalJumpReLU(threshold).to(like)
 
@@ -124,7 +124,7 @@ def quantiles(net: nn.Module, x: Inputs, share: float) -> dict[str, float]:
         >>> quantiles(net, torch.tensor([[0.0, 0.25, 0.5, 0.75, 1.0]]), 0.5)
         {'0': 0.5}
     """
-    x, share = check_inputs(x), check_share("share", share, ends="[)")
+    x, share = check_inputs(x), check_share("a share", share, ends="[)")
     return {path: _quantile(values, share) for path, values in _activations(net, x).items()}
 
 
@@ -252,5 +252,6 @@ def _check_paths(net: nn.Module, kappa: Mapping[str, Threshold]) -> None:
     unknown = set(kappa) - {*known, FUNCTIONAL}
     if unknown:
         raise ValueError(
-            f"unknown: no ReLU at {', '.join(sorted(unknown))}; found and known: {', '.join(known) or 'none'}"
+            f"expected paths of ReLUs, got some with no ReLU at {', '.join(sorted(unknown))}; found: "
+            f"{', '.join(known) or 'none'}"
         )

@@ -60,9 +60,8 @@ def mc_dropout(
     seen = running(net, sites, places, example, asked=False)
     if not seen.shapes:
         raise ValueError(
-            f"expected layers to drop in, found nowhere to drop in {type(net).__name__}; give it Dropout "
-            "modules "
-            "or Linear layers that run"
+            f"expected layers, found nowhere to drop in {type(net).__name__}; looked for Dropout modules and "
+            "Linear layers that run; give it one"
         )
     like = device_and_dtype(net, sites)
     for path in filter(seen.shapes.__contains__, places):

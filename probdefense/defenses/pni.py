@@ -78,9 +78,8 @@ def pni(
     layers = dict(matching(net, kinds))
     if not layers:
         raise ValueError(
-            f"expected layers to add noise to, found nothing to add noise to in {type(net).__name__}; use "
-            "one "
-            f"with {', '.join(kind.__name__ for kind in kinds)}"
+            f"expected layers, found nothing to add noise to in {type(net).__name__}; looked for "
+            f"{', '.join(kind.__name__ for kind in kinds)}; use a network with one"
         )
     if place == "weight":
         sites = [*sites, _on_weights(net, layers.values(), sites, alpha_init, scale_shape)]
@@ -96,7 +95,7 @@ def pni(
         )
     for path in runs:
         shape = per_channel(layers[path], side) if scale_shape == "channel" else ()
-        insert(layers[path], "pni", RelativeNoise(alpha_init, shape).to(like))
+        insert(layers[path], "pni", RelativeNoise(alpha_init, shape, place=place).to(like))
     return Defense.from_sites(net, sites, num_data)
 
 

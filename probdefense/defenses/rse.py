@@ -89,6 +89,8 @@ def rse(
     """
     if family is not None:
         check_kind("family", family, Distribution, "give one with its numbers, such as Normal(0.0, 1.0)")
+    for name, flag in (("before_linear", before_linear), ("multiplicative", multiplicative)):
+        check_kind(name, flag, bool, "give True or False")
     if where is not None:
         check_function("where", where, "path", "module")
     check_positive("sigma_init", sigma_init, zero=True)
@@ -144,8 +146,8 @@ def _hosts(
     if not hosts:
         wanted = "where(path, module)" if where else " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(
-            f"expected layers to put noise before, found none in {type(net).__name__}: looked for {wanted}; "
-            "pass before_linear=True or where="
+            f"expected layers, found nothing to put noise before in {type(net).__name__}; looked for "
+            f"{wanted}; pass before_linear=True or where="
         )
     return hosts
 

@@ -105,6 +105,8 @@ def runs(label: str, attack: Attack, threat: Threat) -> list[Run]:
         ValueError: an attack that fixes another norm, or a radius beyond those asked for.
     """
     free, fixed = configuration(attack)
+    if "eps" not in free:
+        fixed = _of_parts(attack, label, threat) | fixed
     budget = "eps" in free or "eps" in fixed
     if budget and fixed.get("norm", threat.norm) != threat.norm:
         raise ValueError(
@@ -124,6 +126,17 @@ def runs(label: str, attack: Attack, threat: Threat) -> list[Run]:
             "partial, or evaluate at that radius"
         )
     return [Run(label, attack, float(eps), options)]
+
+
+def _of_parts(attack: Attack, label: str, threat: Threat) -> dict[str, Any]:
+    """What an attack made of others fixes through them: a norm, and the largest of their radii."""
+    while isinstance(attack, partial | WithDraws):
+        attack = attack.func if isinstance(attack, partial) else attack.attack
+    found: dict[str, Any] = {}
+    for part in getattr(attack, "parts", ()):
+        for run in runs(label, part, threat):
+            found["eps"] = max(run.eps, found.get("eps", 0.0))
+    return found if found.get("eps", math.inf) < math.inf else {}
 
 
 def configuration(attack: Attack) -> tuple[set[str], dict[str, Any]]:

@@ -115,8 +115,9 @@ def evaluate(
         [('clean', 'mean_prob'), ('clean', 'single_draw'), ('fgsm', 'mean_prob'), ('fgsm', 'single_draw')]
     """
     logits_fn = as_logits_fn(logits_fn)
-    check_kind("attacks", attacks or {}, Mapping, "give them by name, as in {'pgd': attacks.pgd}")
-    attacks = dict(attacks or {})
+    attacks = {} if attacks is None else attacks
+    check_kind("attacks", attacks, Mapping, "give them by name, as in {'pgd': attacks.pgd}")
+    attacks = dict(attacks)
     num_samples, seed, norm = check_count("num_samples", num_samples), check_seed(seed), check_norm(norm)
     chunk_size = check_count("chunk_size", chunk_size)
     draw_chunk = None if draw_chunk is None else check_count("draw_chunk", draw_chunk)

@@ -42,7 +42,8 @@ class Report:
         settings: What was asked for: norm, seed, estimand, and anything else that names the number.
         arrays: Per-example results: ``labels/<defense>`` and ``ids/<defense>``;
             ``correct/<defense>/<attack>/<eps>/<rule>`` of shape ``(verdicts, batch)``;
-            ``log_probs/<defense>/<attack>/<eps>`` of the mean probability and ``expected_entropy/...`` in nats; ``distance/<defense>/<attack>`` of minimum-norm points,
+            ``log_probs/<defense>/<attack>/<eps>`` of the mean probability and ``expected_entropy/...`` in
+            nats; ``distance/<defense>/<attack>`` of minimum-norm points,
             whose own verdicts stand under radius ``inf``.
         timing: Seconds by defense and attack; kept out of `rows` so that they depend on the seed alone.
     """
@@ -91,11 +92,16 @@ class Report:
                 k for k in self.settings | other.settings if self.settings.get(k) != other.settings.get(k)
             ]
             raise ValueError(
-                f"expected reports of the same settings, got some where {', '.join(names)} differ; evaluate "
-                "both with the same ones"
+                f"expected the same settings, got others; reports with different settings do not add up: "
+                f"{', '.join(names)} differ; evaluate both with the same ones"
             )
         places = {_place(row) for row in self.rows}
         doubled = [_place(row) for row in other.rows if _place(row) in places]
+        if not doubled and (common := self.arrays.keys() & other.arrays.keys()):
+            raise ValueError(
+                f"expected reports of different defenses, got arrays {min(common)!r} in both; give every "
+                "evaluation a name= of its own"
+            )
         if doubled:
             twice = ", ".join(map(str, doubled[0]))
             raise ValueError(

@@ -8,7 +8,7 @@ from torch import Tensor
 from probdefense.logits.rules import margins, mean_prob, verdicts
 from probdefense.ops import entropy
 from probdefense.prediction.drawing import draw_groups
-from probdefense.rng import derive
+from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Labels, LogitsFn, Rule
 from probdefense.validation import check_classes
 
@@ -51,7 +51,14 @@ class Judge(NamedTuple):
     selects: bool
 
     def see(self, points: Inputs, y: Labels, first: int) -> Seen:
-        """The verdicts of every rule; `first` is the number of the first example."""
+        """The verdicts of every rule; `first` is the number of the first example.
+
+        Seeded throughout, so that even a network that draws for itself answers by the seed alone.
+        """
+        with forked(derive(self.seed, "judge", first), points.device):
+            return self._see(points, y, first)
+
+    def _see(self, points: Inputs, y: Labels, first: int) -> Seen:
         verdict, selection = derive(self.seed, "verdict"), derive(self.seed, "selection")
         groups = draw_groups(self.logits_fn, points, self.num_samples, verdict, first)
         check_classes(y, groups[0].shape[-1])

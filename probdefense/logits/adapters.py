@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from probdefense.logits.rules import as_rule
 from probdefense.types import Inputs, Logits, LogitsFn, Rule
-from probdefense.validation import check_answer, check_count, check_logits
+from probdefense.validation import check_answer, check_bare, check_count, check_logits
 
 
 class Samples:
@@ -148,8 +149,9 @@ class Bare:
     stochastic = True
 
     def __init__(self, function: Callable[..., Logits]):
-        self.function = function
-        parameters = inspect.signature(function).parameters.values()
+        self.function, parameters = function, []
+        with suppress(ValueError):  # of some builtin functions nobody knows the arguments
+            parameters = list(inspect.signature(function).parameters.values())
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.takes_count = sum(p.kind in kinds for p in parameters) > 1
 
@@ -179,11 +181,7 @@ def as_logits_fn(function: Any) -> LogitsFn:
             f"expected a LogitsFn, got the plain network {type(function).__name__}; "
             "wrap it with probdefense.deterministic(net)"
         )
-    if not callable(function) or isinstance(function, type):
-        came = f"the class {function.__name__}" if isinstance(function, type) else type(function).__name__
-        raise TypeError(
-            f"expected a LogitsFn, got {came}; give a Defense, or a function x -> (samples, batch, classes)"
-        )
+    check_bare(function)
     return Bare(function)
 
 

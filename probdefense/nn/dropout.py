@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from probdefense.nn.placeholder import Placeholder
 from probdefense.types import Inputs
-from probdefense.validation import check_share
+from probdefense.validation import check_number
 
 
 class MaskedDropout(nn.Module):
@@ -33,7 +33,9 @@ class MaskedDropout(nn.Module):
 
     def __init__(self, rate: float, *, per_channel: bool = False):
         super().__init__()
-        rate = check_share("rate", rate)
+        rate = check_number("rate", rate)
+        if not 0 < rate < 1:
+            raise ValueError(f"expected rate in (0, 1), the probability of zero, got {rate}; try 0.1")
         self.keep = 1 - rate
         self.mask = Placeholder(dist.Bernoulli(self.keep), neutral=self.keep, axes=1 if per_channel else None)
 

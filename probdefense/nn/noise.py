@@ -13,7 +13,6 @@ from torch.distributions import Distribution
 
 from probdefense.nn.placeholder import Placeholder
 from probdefense.types import Inputs
-from probdefense.validation import check_member
 
 
 class Noise(nn.Module):
@@ -61,7 +60,8 @@ class Noise(nn.Module):
                 f"expected scale >= 0, and above the floor when learned, got scale={scale}, floor={floor}; "
                 "raise the scale"
             )
-        check_member("when", when, ("always", "train", "test"))
+        if when not in ("always", "train", "test"):
+            raise ValueError(f"expected when to be 'always', 'train' or 'test', got {when!r}; choose one")
         self.eps = Placeholder(family if family is not None else dist.Normal(0.0, 1.0))
         self.floor, self.multiplicative, self.when = floor, multiplicative, when
         if learned:

@@ -46,6 +46,7 @@ class RelativeNoise(nn.Module):
     Args:
         alpha: Where $\alpha$ starts.
         shape: Shape of $\alpha$, broadcastable against one example.
+        place: Where the layer stands, for its state; it changes nothing else.
 
     Examples:
         >>> layer, eta = RelativeNoise(0.5), torch.tensor([[1.0, -2.0]])
@@ -54,9 +55,11 @@ class RelativeNoise(nn.Module):
     """
 
     noise_coefficients = True
+    function_settings = ("place",)
 
-    def __init__(self, alpha: float, shape: tuple[int, ...] = ()):
+    def __init__(self, alpha: float, shape: tuple[int, ...] = (), *, place: str = ""):
         super().__init__()
+        self.place = place
         self.alpha = nn.Parameter(torch.full(shape, float(alpha)))
         self.eta = Placeholder(dist.Normal(0.0, 1.0))
 

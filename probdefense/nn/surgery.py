@@ -1,6 +1,6 @@
 """Putting layers into a trained network by hooks, so that every parameter keeps its name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,12 +40,23 @@ def _runs_children(host: nn.Module) -> bool:
 
 
 def reads_raw_input(net: nn.Module, layer: nn.Module) -> bool:
-    """Whether the whole network sees its input through `layer` alone, by construction."""
-    if _runs_children(net) and len(net._modules):
+    """Whether the whole network sees its input through `layer` alone, by construction.
+
+    A hook that is not ours may hand on the raw input, or change it before the layer does.
+    """
+    if any(map(_foreign, (net._forward_hooks, layer._forward_hooks, layer._forward_pre_hooks))):
+        return False
+    if _runs_children(net) and len(net._modules) and not net._forward_pre_hooks:
         first = next(iter(net._modules.values()))
         return first is layer or (first is not None and reads_raw_input(first, layer))
     hook = next(iter(net._forward_pre_hooks.values()), None)
     return isinstance(hook, partial) and hook.func is _run_before and net.get_submodule(hook.args[0]) is layer
+
+
+def _foreign(hooks: Mapping[int, Any]) -> bool:
+    """Whether somebody else hooked himself in."""
+    ours = (_run_before, _run_after)
+    return any(not (isinstance(hook, partial) and hook.func in ours) for hook in hooks.values())
 
 
 def free_name(host: nn.Module, name: str) -> str:

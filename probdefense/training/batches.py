@@ -24,7 +24,8 @@ def check_loader(loader: Any, epochs: int = 1) -> None:
             f"expected a loader that starts anew in each of {epochs} epochs, got a generator, which ends "
             "with the first; pass a list of the batches or a DataLoader"
         )
-    if not isinstance(loader, Iterable) or isinstance(loader, Tensor | Mapping | str | bytes):
+    arrays = isinstance(loader, Tensor) or hasattr(loader, "__array__")
+    if arrays or not isinstance(loader, Iterable) or isinstance(loader, Mapping | str | bytes):
         raise TypeError(_unfit("a loader of batches (x, y)", loader))
     if 0 in (num_examples(loader), length(loader)):
         raise ValueError(

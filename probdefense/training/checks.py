@@ -91,9 +91,9 @@ def check_optimizer(defense: Any, optimizer: Any) -> torch.optim.Optimizer:
         )
     if not any(id(p) in parameters for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            "expected an optimizer of the defense, got one that holds none of the defense's parameters, so "
-            "nothing would be trained; builders "
-            "copy the network: make the optimizer from defense.param_groups()"
+            "expected an optimizer of the defense, got another: the optimizer holds none of the defense's "
+            "parameters, so nothing would be trained; builders copy the network: make the optimizer from "
+            "defense.param_groups()"
         )
     return optimizer
 

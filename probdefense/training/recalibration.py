@@ -36,7 +36,7 @@ def recalibrate(defense: Any, loader: Batches) -> None:
     layers = [m for m in defense.modules() if isinstance(m, kinds) and m.track_running_stats]
     if not layers:
         raise ValueError(
-            "expected a normalization layer with running statistics, found none; there is nothing to "
+            "expected running statistics, found no normalization layer that keeps them; there is nothing to "
             "recalibrate"
         )
     check_loader(loader)

@@ -6,6 +6,7 @@ NumPy and for tensors of one number, pixels that rounding carried out of the box
 
 from probdefense.validation.settings import (
     check_attack,
+    check_bare,
     check_count,
     check_eps,
     check_function,
@@ -41,6 +42,7 @@ from probdefense.validation.tensors import (
 __all__ = [
     "check_answer",
     "check_attack",
+    "check_bare",
     "check_classes",
     "check_count",
     "check_eps",

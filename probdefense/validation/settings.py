@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LARGEST = 2**63
+"""No setting is as large: torch would not take it."""
+
+WIDEST = 3e38
+"""What single precision holds."""
+
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """Refuses anything but an integer of at least `least`; returns it.
@@ -21,6 +27,8 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
         raise TypeError(
             f"expected {name} as an integer, got {kind_of(value)}; give a whole number of at least {least}"
         )
+    if number >= LARGEST:
+        raise ValueError(f"expected {name} below 2**63, got {number}; give a smaller number")
     if number < least:
         raise ValueError(f"expected {name} >= {least}, got {number}; give a whole number of at least {least}")
     return number
@@ -33,10 +41,7 @@ def check_seed(seed: Any, name: str = "seed") -> int:
         TypeError: not an integer.
         ValueError: negative or too large.
     """
-    number = check_count(name, seed, least=0)
-    if number >= 2**63:
-        raise ValueError(f"expected {name} below 2**63, got {number}; give a smaller number")
-    return number
+    return check_count(name, seed, least=0)
 
 
 def check_seeds(seeds: Any, batch: int) -> Tensor:
@@ -66,17 +71,19 @@ def plain(value: Any) -> Any:
     return value.item() if single else value
 
 
-def check_number(name: str, value: Any) -> float:
-    """Refuses anything but a number, infinity included; returns it.
+def check_number(name: str, value: Any, *, nan: bool = False) -> float:
+    """Refuses anything but a number, infinity included and NaN if asked; returns it.
 
     Raises:
         TypeError: not a number.
-        ValueError: NaN.
+        ValueError: NaN, or an integer beyond 64 bits.
     """
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"expected {name} as a number, got {kind_of(value)}; give one number")
-    if math.isnan(number):
+    if isinstance(number, int) and abs(number) >= LARGEST:
+        raise ValueError(f"expected {name} below 2**63, got {number}; give a smaller number")
+    if math.isnan(number) and not nan:
         raise ValueError(f"expected {name} as a number, got NaN; look for where it comes from")
     return number
 
@@ -88,10 +95,8 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> float:
         TypeError: not a number.
         ValueError: not finite or too small.
     """
-    number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise TypeError(f"expected {name} as a number, got {kind_of(value)}; give one finite number")
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+    number = check_number(name, value, nan=True)
+    if not abs(number) <= WIDEST or number < 0 or (number == 0 and not zero):
         least = "of at least 0" if zero else "above 0"
         raise ValueError(
             f"expected {name} {'>=' if zero else '>'} 0 and finite, got {number}; give one number {least}"
@@ -111,13 +116,13 @@ def check_share(name: str, value: Any, *, ends: str = "()") -> float:
         TypeError: not a number.
         ValueError: outside.
     """
-    number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise TypeError(f"expected {name} as a number, got {kind_of(value)}; give one between 0 and 1")
+    number = check_number(name, value, nan=True)
+    if ends == "()" and number <= 0:
+        check_positive(name, value)
     inside = 0 < number < 1 or (number == 0 and ends[0] == "[") or (number == 1 and ends[1] == "]")
     if not inside:
-        low, high = ("<=" if ends[0] == "[" else "<"), ("<=" if ends[1] == "]" else "<")
-        raise ValueError(f"expected 0 {low} {name} {high} 1, got {number}; give a share between 0 and 1")
+        wanted = f"0 < {name} < 1" if ends == "()" else f"{name} in {ends[0]}0, 1{ends[1]}"
+        raise ValueError(f"expected {wanted}, got {number}; give a share between 0 and 1")
     return number
 
 
@@ -128,7 +133,7 @@ def check_eps(eps: Any, batch: int | None = None) -> Any:
         TypeError: not a number, tensor or array.
         ValueError: negative, not finite, or the wrong shape.
     """
-    if not hasattr(eps, "shape") or eps.shape == ():
+    if not isinstance(getattr(eps, "shape", ()), tuple) or getattr(eps, "shape", ()) == ():
         return check_positive("eps", eps, zero=True)
     radii = torch.as_tensor(eps)
     if radii.dtype == torch.bool or radii.is_complex():
@@ -194,6 +199,15 @@ def check_objective(value: Any, name: str = "objective") -> None:
         TypeError: not a function, or one of other arguments.
     """
     _check_open(name, value, ("defense", "x", "y"), "probdefense.objectives.elbo")
+
+
+def check_bare(value: Any) -> None:
+    """Refuses what cannot be called with inputs and taken for a function with logits.
+
+    Raises:
+        TypeError: not a function, or one of other arguments.
+    """
+    _check_open("a LogitsFn", value, ("x",), "x -> (samples, batch, classes), or give a Defense")
 
 
 def _check_open(name: str, value: Any, arguments: tuple[str, ...], such: str) -> None:

@@ -255,6 +255,8 @@ def check_vector(values: Any, name: str, size: int | None = None) -> Tensor:
         raise TypeError(
             f"expected {name} as a tensor (n,), got {kind_of(values)}; convert with torch.as_tensor"
         )
+    if values.is_complex():
+        raise TypeError(f"expected {name} as real numbers, got {values.dtype}; take .real or .abs()")
     wanted = "(n,)" if size is None else f"({size},)"
     if values.dim() != 1 or not len(values) or size not in (None, len(values)):
         raise ValueError(

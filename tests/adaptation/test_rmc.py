@@ -237,7 +237,7 @@ def test_groups_answer_together_in_stream_order():
         ({"learning_rate": -1.0}, "expected learning_rate > 0"),
         ({"group": 0}, "expected group >= 1"),
         ({"adapt": "guide"}, "nothing to adapt with adapt='guide'"),
-        ({"decay": 2.0}, "expected 0 <= decay <= 1"),
+        ({"decay": 2.0}, r"expected decay in \[0, 1\]"),
         ({"seed": -1}, "expected seed >= 0"),
     ],
 )

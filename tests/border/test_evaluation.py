@@ -136,7 +136,7 @@ CALLS = {
     ),
     "predict no draws": (lambda w: pd.predict(w.noisy, w.x, 0), ValueError, "num_samples >= 1"),
     "predict half a draw": (lambda w: pd.predict(w.noisy, w.x, 0.5), TypeError, "num_samples as an integer"),
-    "predict at alpha 0": (lambda w: pd.predict(w.noisy, w.x, alpha=0.0), ValueError, "0 < alpha < 1"),
+    "predict at alpha 0": (lambda w: pd.predict(w.noisy, w.x, alpha=0.0), ValueError, "alpha > 0"),
     "predict at alpha 1": (lambda w: pd.predict(w.noisy, w.x, alpha=1.0), ValueError, "0 < alpha < 1"),
     "predict at a text": (lambda w: pd.predict(w.noisy, w.x, alpha="5%"), TypeError, "alpha as a number"),
     "predict of NaN logits": (

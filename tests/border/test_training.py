@@ -65,7 +65,7 @@ OPTIONS = {
     "layout unknown": (
         lambda w: bayesian(w.net, layout="wide"),
         ValueError,
-        "layout 'wide'; known: flat, per_tensor",
+        "'flat' or 'per_tensor', got 'wide'",
     ),
     "where a text": (lambda w: bayesian(w.net, where="0.weight"), TypeError, "where as a function"),
     "where accepts nothing": (lambda w: bayesian(w.net, where=lambda n, p: False), ValueError, "where"),
@@ -145,7 +145,11 @@ OPTIONS = {
         TypeError,
         "share as a number",
     ),
-    "quantiles of all": (lambda w: pd.defenses.quantiles(w.net, w.x, 1.0), ValueError, "0 <= share < 1"),
+    "quantiles of all": (
+        lambda w: pd.defenses.quantiles(w.net, w.x, 1.0),
+        ValueError,
+        r"a share in \[0, 1\)",
+    ),
     "quantiles of a list": (
         lambda w: pd.defenses.quantiles(w.net, w.x.tolist(), 0.5),
         TypeError,
@@ -164,7 +168,7 @@ OPTIONS = {
     "signal of noise": (
         lambda w: pd.defenses.signal_to_noise(w.noisy),
         ValueError,
-        "expected random weights",
+        "found no random weights",
     ),
     "signal of a network": (lambda w: pd.defenses.signal_to_noise(w.net), TypeError, "defense as Defense"),
     "surrogates of no JumpReLU": (lambda w: pd.defenses.surrogates(w.plain), ValueError, "JumpReLU"),
@@ -361,7 +365,7 @@ ADAPTATION = {
     "no neighbors": (lambda w: rmc(w, num_neighbors=0), ValueError, "num_neighbors >= 1"),
     "an unknown policy": (lambda w: rmc(w, policy="forget"), ValueError, "policy 'forget'; known"),
     "an unknown part": (lambda w: rmc(w, adapt="first"), ValueError, "adapt 'first'; known"),
-    "a decay beyond 1": (lambda w: rmc(w, decay=2.0), ValueError, "0 <= decay <= 1"),
+    "a decay beyond 1": (lambda w: rmc(w, decay=2.0), ValueError, r"decay in \[0, 1\]"),
     "no learning rate": (lambda w: rmc(w, learning_rate=0.0), ValueError, "learning_rate > 0"),
     "an objective by name": (lambda w: rmc(w, objective="elbo"), TypeError, "objective as a function"),
     "data as a tensor": (lambda w: rmc(w, data=w.x), TypeError, r"\(x, y\)"),

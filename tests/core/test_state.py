@@ -27,6 +27,10 @@ PAIRS = {
     ),
     "when": (lambda: d.rse(tiny_net()), lambda: d.rse(tiny_net(), when="test")),
     "multiplicative": (lambda: d.rse(tiny_net()), lambda: d.rse(tiny_net(), multiplicative=True)),
+    "place": (
+        lambda: d.pni(tiny_net(), place="input"),
+        lambda: d.pni(tiny_net(), place="output"),
+    ),
     "eps.family": (lambda: d.rse(tiny_net()), lambda: d.rse(tiny_net(), family=dist.Normal(0.0, 3.0))),
     "guide.posteriors.weights.kind": (
         lambda: d.bayesian(tiny_net(), num_data=10),

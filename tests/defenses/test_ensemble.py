@@ -222,11 +222,11 @@ def test_masks_come_before_linear_layers_where_there_is_no_dropout():
         (lambda: ensemble(["net"]), "expected plain networks, got str"),
         (
             lambda: mc_dropout(tiny_net(), rate=0.0),
-            "expected 0 < rate < 1, got 0.0",
+            r"expected rate in \(0, 1\), the probability of zero, got 0.0",
         ),
-        (lambda: mc_dropout(tiny_net(), rate=1.0), "expected 0 < rate < 1"),
-        (lambda: mc_dropout(tiny_net(), rate=-0.5), "expected 0 < rate < 1"),
-        (lambda: mc_dropout(nn.Conv2d(1, 1, 3), rate=0.5), "give it Dropout modules or Linear layers"),
+        (lambda: mc_dropout(tiny_net(), rate=1.0), r"expected rate in \(0, 1\)"),
+        (lambda: mc_dropout(tiny_net(), rate=-0.5), r"expected rate in \(0, 1\)"),
+        (lambda: mc_dropout(nn.Conv2d(1, 1, 3), rate=0.5), "looked for Dropout modules and Linear layers"),
     ],
 )
 def test_bad_requests_are_refused(call, message):

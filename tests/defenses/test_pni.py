@@ -184,7 +184,10 @@ def test_coefficients_collapse_under_the_likelihood_and_stay_up_under_a_strong_a
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pni(nn.Flatten()), "found nothing to add noise to in Flatten; use one with Conv1d, .* Linear"),
+        (
+            lambda: pni(nn.Flatten()),
+            "found nothing to add noise to in Flatten; looked for Conv1d, .* Linear",
+        ),
         (lambda: pni(tiny_net(), alpha_init=0.0), "expected alpha_init > 0"),
         (lambda: pni(tiny_net(), place="bias"), "unknown place 'bias'"),
         (lambda: pni(tiny_net(), scale_shape="row"), "unknown scale_shape 'row'"),

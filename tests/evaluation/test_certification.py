@@ -1,5 +1,6 @@
 """Certificates in the world where the radius is known, and what is refused one."""
 
+import copy
 import math
 from functools import partial
 
@@ -269,3 +270,21 @@ def test_a_certificate_is_the_same_for_any_form_of_data_and_any_restart(tmp_path
         pd.certify(world.noisy(), x, journal=tmp_path, **options | {"seed": 4, "chunk_size": 9})
     with pytest.raises(ValueError, match="expected seed= beside journal="):
         pd.certify(world.noisy(), x, journal=tmp_path)
+
+
+def test_a_hook_of_somebody_else_ends_the_certificate():
+    """A pre-hook that normalizes would make the noise smaller than it says; a hook may hand on the raw input."""
+    world = LinearWorld()
+    x, _ = world.points(3)
+    net = torch.nn.Sequential(copy.deepcopy(world.net))
+    net.register_forward_pre_hook(lambda module, args: ((args[0] - 0.5) / 0.1,))
+    before = pd.defenses.rse(net, before_linear=True, sigma_init=0.25, example=x)
+    by_hand = pd.deterministic(torch.nn.Sequential(pd.nn.Noise(0.3), world.net))
+    by_hand.net.register_forward_pre_hook(lambda module, args: (args[0] * 10,))
+    layer = pd.nn.Noise(0.3)
+    layer.register_forward_hook(lambda module, args, output: args[0])
+    skipping = pd.deterministic(torch.nn.Sequential(layer, world.net))
+    for defense in (before, by_hand, skipping):
+        assert defense.input_noise is None
+        with pytest.raises(ValueError, match="no certificate"):
+            pd.certify(defense, x, n0=2, n=10)

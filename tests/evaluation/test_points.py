@@ -125,7 +125,7 @@ def test_a_larger_radius_or_another_norm_is_refused_before_any_work(attackable):
 @pytest.mark.parametrize("wrap", [fixed_in_a_function, fixed_inside_worst_of, fixed_inside_transfer])
 def test_a_hidden_larger_radius_is_noticed_by_its_points(attackable, wrap):
     net, data = attackable
-    with pytest.raises(ValueError, match="it seems to fix a larger radius"):
+    with pytest.raises(ValueError, match="it seems to fix a larger radius|fixes eps=0.1, beyond eps=0.05"):
         pd.evaluate(net, data, {"mine": wrap(pd.attacks.fgsm)}, eps=0.05)
     report = pd.evaluate(net, data, {"min": pd.attacks.ddn}, norm=2, eps=0.01)  # far points are no fault
     assert report.row(attack="min", rule="mean_prob")["accuracy"] > 0.8
@@ -193,3 +193,17 @@ def test_radii_may_be_tensors_and_arrays(attackable, eps):
         0.05,
         0.1,
     ]
+
+
+def test_what_the_parts_of_an_attack_fix_is_known(attackable):
+    """A larger radius or another norm inside `worst_of` or `transfer` is refused, a smaller one named."""
+    net, data = attackable
+    far, other = partial(pd.attacks.pgd, eps=0.3), partial(pd.attacks.pgd, eps=0.05, norm=2)
+    for wrap in (lambda a: pd.attacks.worst_of([a]), lambda a: pd.attacks.transfer(a, net)):
+        with pytest.raises(ValueError, match="fixes eps=0.3, beyond eps=0.1"):
+            pd.evaluate(net, data, {"mine": wrap(far)}, eps=0.1, chunk_size=3)
+        with pytest.raises(ValueError, match="fixes norm=2"):
+            pd.evaluate(net, data, {"mine": wrap(other)}, eps=0.1)
+        near = wrap(partial(pd.attacks.fgsm, eps=0.05))
+        rows = pd.evaluate(net, data, {"mine": near}, eps=[0.01, 0.1], rules=[pd.rules.vote]).rows
+        assert [row["eps"] for row in rows if row["attack"] == "mine"] == [0.05]

@@ -219,7 +219,7 @@ def test_reports_add_up_only_if_they_were_asked_the_same():
     assert both.defenses == ["a", "b"] and both.only("b").rows == b.rows
     assert set(both.only("a").arrays) == set(a.arrays)
     assert both.table().count("\n") == 1 + len(both.rows)
-    with pytest.raises(ValueError, match="of the same settings, got some where num_samples differ"):
+    with pytest.raises(ValueError, match="different settings do not add up: num_samples differ"):
         a + c
     with pytest.raises(ValueError, match="expected one of a, b, got 'c'"):
         both.only("c")
@@ -309,3 +309,18 @@ def test_the_estimand_is_named_and_moves_the_interval():
     assert reports["test set"].settings["estimand"] == "test set"
     width = {e: row["high"] - row["low"] for e, row in rows.items()}
     assert width["test set"] < width["population"] and not math.isnan(width["population"])
+
+
+def test_a_network_that_draws_for_itself_is_a_function_of_the_seed():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = LinearWorld().net
+
+        def forward(self, x):
+            return self.net(x + 0.3 * torch.randn_like(x))
+
+    data = LinearWorld().points(30)
+    for defense in (pd.deterministic(Own()), pd.defenses.rse(Own(), before_linear=True)):
+        rows = [pd.evaluate(defense, data, {"fgsm": pd.attacks.fgsm}, eps=0.1, seed=0).rows for _ in range(3)]
+        assert rows[0] == rows[1] == rows[2]

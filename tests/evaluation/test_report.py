@@ -78,3 +78,10 @@ def test_a_file_is_whole_or_absent(tmp_path):
         place.write_text("half")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_other_rules_under_one_name_do_not_overwrite_arrays():
+    first = report()
+    other = pd.evaluate(defended("rse"), tiny_batch(6), num_samples=4, rules=[pd.rules.vote])
+    with pytest.raises(ValueError, match="got arrays .* in both; give every evaluation a name="):
+        first + other

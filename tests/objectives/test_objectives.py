@@ -334,7 +334,7 @@ def test_fgsm_retraining_starts_from_a_trained_network():
         (lambda: trades(push(0.1), -1.0), "expected beta >= 0"),
         (lambda: mixed(elbo, push(0.1)), "expected probability or weight, one of them, got None and None"),
         (lambda: mixed(elbo, push(0.1), weight=0.5, probability=0.5), "one of them, got 0.5 and 0.5"),
-        (lambda: mixed(elbo, push(0.1), weight=1.5), "0 <= weight <= 1, got 1.5"),
+        (lambda: mixed(elbo, push(0.1), weight=1.5), r"weight in \[0, 1\], got 1.5"),
         (lambda: warm_up(push(0.1), eps=-0.1, num_steps=3), "expected eps >= 0"),
         (lambda: warm_up(push(0.1), eps=0.1, num_steps=0), "expected num_steps >= 1"),
     ],

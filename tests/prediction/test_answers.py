@@ -43,7 +43,9 @@ JUDGES = {
 def test_no_number_is_made_of_answers_that_are_none(judge, value, noisy):
     net = Answers(value)
     defense = pd.defenses.rse(net, before_linear=True) if noisy else pd.deterministic(net)
-    with pytest.raises(FloatingPointError, match=r"NaN or infinite logits in .* for 2 of 6 examples, \[2, 3\]"):
+    with pytest.raises(
+        FloatingPointError, match=r"NaN or infinite logits in .* for 2 of 6 examples, \[2, 3\]"
+    ):
         JUDGES[judge](defense)
 
 

@@ -210,7 +210,7 @@ def hollow():
                 epochs=1,
                 optimizer=torch.optim.SGD(tiny_net().parameters(), lr=0.1),
             ),
-            "got one that holds none of the defense's parameters",
+            "the optimizer holds none of the defense's parameters",
         ),
         (
             lambda: pd.fit(defended("rse"), [(x + 1, y) for x, y in loader()], epochs=1),

@@ -78,5 +78,5 @@ def test_recalibration_sees_the_noise_of_the_posterior():
 def test_bad_requests_are_refused():
     with pytest.raises(ValueError, match="unknown bn_stats 'none'"):
         adversarial(elbo, push(0.1), bn_stats="none")
-    with pytest.raises(ValueError, match="expected a normalization layer"):
+    with pytest.raises(ValueError, match="found no normalization layer"):
         pd.recalibrate(pd.deterministic(nn.Linear(2, 2)), [])

@@ -127,8 +127,8 @@ def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) 
         bad = (~torch.isfinite(gradient.flatten(1)).all(1)).nonzero().flatten().tolist()
         if bad:
             raise FloatingPointError(
-                f"expected a finite gradient, got NaN or infinity in {where} for examples {bad[:10]}; check "
-                "the network for operations such as sqrt or log at 0"
+                f"expected finite numbers, got NaN or infinite gradient in {where} for examples {bad[:10]}; "
+                "check the network for operations such as sqrt or log at 0"
             )
     return gradient
 

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from probdefense.core.families import Fixed, MeanField, MultiplicativeLogNormal
 from probdefense.core.joint import Joint, allows_all, fits, is_nested, joint_shape
 from probdefense.core.sites.site import EMPTY, Site, unused
-from probdefense.validation import check_function, check_kind, check_member, kind_of
+from probdefense.validation import check_function, check_kind, kind_of
 
 Prior = Distribution | Callable[[str, Tensor], Distribution | None] | None
 """One distribution for every element, one by parameter name, or None: no prior, no KL."""
@@ -70,7 +70,8 @@ def flat_weights(
     Raises:
         ValueError: no parameter was chosen, an unknown layout, or an infinite KL.
     """
-    check_member("layout", layout, ("flat", "per_tensor"))
+    if layout not in ("flat", "per_tensor"):
+        raise ValueError(f"expected layout 'flat' or 'per_tensor', got {layout!r}; choose one of them")
     if where is not None:
         check_function("where", where, "name", "tensor")
     chosen = _choose(net, where)
@@ -195,7 +196,8 @@ def _choose(net: nn.Module, where: Where | None) -> list[tuple[tuple[str, ...], 
         frozen = bool(names) and not any(parameter.requires_grad for parameter in names)
         why = "; all of them are frozen (requires_grad=False), and only where= makes those random"
         raise ValueError(
-            f"no parameter of {type(net).__name__} was chosen{why if frozen and where is None else ''}; "
+            f"found that no parameter of {type(net).__name__} was "
+            f"chosen{why if frozen and where is None else ''}; "
             f"expected where(name, tensor) to accept one of: {known}"
         )
     return chosen

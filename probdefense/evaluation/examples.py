@@ -88,7 +88,8 @@ def batches(data: Data, ordered: bool = False) -> Iterator[tuple[Inputs, Labels]
         data = DataLoader(data, batch_size=ROWS, generator=torch.Generator())  # its own: a loader draws
     if isinstance(data, DataLoader) and ordered:
         _refuse_shuffling(data)
-    if isinstance(data, Tensor | str | dict) or not isinstance(data, Iterable):
+    arrays = isinstance(data, Tensor) or hasattr(data, "__array__")
+    if arrays or isinstance(data, str | dict) or not isinstance(data, Iterable):
         raise TypeError(
             f"expected (x, y), a data set or a loader of batches, got {type(data).__name__}; give a pair of "
             "tensors"

@@ -60,7 +60,7 @@ class Noise(nn.Module):
                 f"expected scale >= 0, and above the floor when learned, got scale={scale}, floor={floor}; "
                 "raise the scale"
             )
-        if when not in ("always", "train", "test"):
+        if not isinstance(when, str) or when not in ("always", "train", "test"):
             raise ValueError(f"expected when to be 'always', 'train' or 'test', got {when!r}; choose one")
         self.eps = Placeholder(family if family is not None else dist.Normal(0.0, 1.0))
         self.floor, self.multiplicative, self.when = floor, multiplicative, when

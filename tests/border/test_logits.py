@@ -135,12 +135,12 @@ MADE = {
     "threshold that keeps nothing": (
         lambda w: pd.detection.threshold(scores, keep=0.0),
         ValueError,
-        "keep in (0, 1]",
+        r"keep in \(0, 1\]",
     ),
     "threshold that keeps more": (
         lambda w: pd.detection.threshold(scores, keep=1.5),
         ValueError,
-        "keep in (0, 1]",
+        r"keep in \(0, 1\]",
     ),
     "threshold that keeps a text": (
         lambda w: pd.detection.threshold(scores, keep="all"),
@@ -184,7 +184,7 @@ MADE = {
     "uncertainty that keeps nothing": (
         lambda w: pd.detection.uncertainty(report(), keep=0),
         ValueError,
-        "keep in (0, 1]",
+        r"keep in \(0, 1\]",
     ),
 }
 

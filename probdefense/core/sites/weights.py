@@ -70,7 +70,7 @@ def flat_weights(
     Raises:
         ValueError: no parameter was chosen, an unknown layout, or an infinite KL.
     """
-    if layout not in ("flat", "per_tensor"):
+    if not isinstance(layout, str) or layout not in ("flat", "per_tensor"):
         raise ValueError(f"expected layout 'flat' or 'per_tensor', got {layout!r}; choose one of them")
     if where is not None:
         check_function("where", where, "name", "tensor")

@@ -105,7 +105,7 @@ def robustness_curve(
     Examples:
         >>> robustness_curve({"net": np.zeros((1, 5), dtype=bool)}, eps=[0.1])
         Traceback (most recent call last):
-        ValueError: expected at least two radii, rising from 0 or more, got [0.1]
+        ValueError: expected at least two radii, rising from 0 or more, got [0.1]; ...
     """
     from probdefense.numpyro.chains import run_chains
 

@@ -70,9 +70,10 @@ class Run:
         self.defense.train()
         with self.meter.watching(self.defense):
             for x, y in self._left():
-                check_size(self.defense, self.size, self.meter.examples + len(x))
                 progress = self.done / self.total if self.total else None
                 loss = self.descent.add(x, y, (self.epoch, self.done), progress)
+                # own programs tell the size of their data in their first pass, and no step is taken yet
+                check_size(self.defense, self.size, self.meter.examples + len(x))
                 self.meter.add(loss, len(x))
                 self.batch += 1
                 self.done += 1

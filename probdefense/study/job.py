@@ -17,7 +17,7 @@ from probdefense.evaluation.comparison import Comparison, compare_all
 from probdefense.evaluation.report import Report, Row
 from probdefense.files import reserve, together
 from probdefense.study.opponents import named_attack
-from probdefense.study.pool import apart
+from probdefense.study.pool import apart, steady
 from probdefense.study.recipes import RECIPES
 from probdefense.study.request import Request, prepare, settings, versions
 from probdefense.study.trial import Family, Found, judged, tested
@@ -88,6 +88,8 @@ def run(request: Request, data: Split, say: Callable[[str], None] = _silent, pro
     x, y = tested(request, data)
     total.settings = {**settings(request, len(y)), **total.settings}
     made = {name: each.defense for name, each in found.items()}
+    with steady():
+        grid = _grid(request, made, (x[:GRID_IMAGES], y[:GRID_IMAGES]))
     return Result(
         total,
         made,
@@ -95,7 +97,7 @@ def run(request: Request, data: Split, say: Callable[[str], None] = _silent, pro
         _compared(total),
         {name: each.checks for name, each in found.items() if each.checks is not None},
         {name: each.certificate for name, each in found.items() if each.certificate is not None},
-        _grid(request, made, (x[:GRID_IMAGES], y[:GRID_IMAGES])),
+        grid,
     )
 
 
@@ -133,7 +135,7 @@ def write(result: Result, folder: Path) -> list[str]:
         OSError: the folder cannot be written, or has no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with together(folder) as place:
+    with together(folder) as place, steady():
         _write(result, place)
         written = [name for name in FILES if (place / name).exists()]
     for name in set(FILES) - {*written}:

@@ -48,7 +48,7 @@ def apart(work: Callable[[Item], Found], items: Sequence[Item], processes: int) 
     """
     processes = min(processes, len(items))
     if processes <= 1:
-        with _threads(threads()):
+        with steady():
             return [work(item) for item in items]
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(kind)
@@ -89,9 +89,10 @@ def _packed(work: Callable[[Any], Any], item: bytes) -> bytes:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def steady() -> Iterator[None]:
+    """Inside, torch has the threads that every process of a job has; networks this small gain from no more."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads())
     try:
         yield
     finally:

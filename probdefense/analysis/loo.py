@@ -68,9 +68,8 @@ def loo(tree: Any) -> Loo:
     found = groups_of(tree)
     if "log_likelihood" not in found or "weights_are_random" not in tree["log_likelihood"].attrs:
         raise ValueError(
-            "expected a container with the log-likelihood of a defense, got groups "
-            f"{', '.join(sorted(found))}; "
-            "make it with to_arviz(defense, (x, y))"
+            "expected a container that to_arviz(defense, (x, y)) made, with the log-likelihood of a defense, "
+            f"got groups {', '.join(sorted(found))}; make it so"
         )
     group = tree["log_likelihood"]
     log_lik = np.asarray(group["y"], dtype=np.float64)

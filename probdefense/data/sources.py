@@ -138,7 +138,7 @@ def _idx(path: Path) -> Tensor:
 def _from_torchvision(name: str, root: Path, train: bool) -> TensorDataset:
     part = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
     absent = (
-        f"{name} is not, or not whole, in {root} and could not be downloaded; put {_expected(name)} there"
+        f"{name} is not in {root}, or not whole, and could not be downloaded; put {_expected(name)} there"
     )
     try:
         kind = getattr(import_torchvision().datasets, SOURCES[name].torchvision)

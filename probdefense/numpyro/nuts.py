@@ -311,9 +311,8 @@ def _refuse_unfit_sites(model: Any, x: Inputs, y: Labels) -> None:
             continue
         if any(frame.vectorized for frame in site["cond_indep_stack"]):
             raise ValueError(
-                f"expected random weights alone, got site {name!r}, which is drawn for every example: NUTS "
-                "would infer its noise from the labels, "
-                "which is not the defense; sample the weights alone"
+                f"expected random weights alone, got another: site {name!r} is drawn for every example, and "
+                "NUTS would infer its noise from the labels, which is not the defense; sample weights alone"
             )
         if site["mask"] is False:
             raise ValueError(

@@ -13,7 +13,7 @@ class PerStep(NamedTuple):
 
     `OneCycleLR` and `CyclicLR` count steps without it.
 
-    Args:
+    Attributes:
         schedule: A torch learning-rate scheduler.
 
     Examples:

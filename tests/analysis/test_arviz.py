@@ -231,7 +231,7 @@ def test_what_is_refused():
         TypeError, match="expected a Defense, a list of them, a Report or a Prediction, got Linear"
     ):
         to_arviz(nn.Linear(4, 3), (x, y))
-    with pytest.raises(TypeError, match=r"expected data=\(x, y\) with a defense"):
+    with pytest.raises(TypeError, match=r"a defense needs data=\(x, y\)"):
         to_arviz(linear_defense())
     with pytest.raises(ValueError, match="fits of one kind of defense"):
         to_arviz([linear_defense(), pd.defenses.rse(nn.Linear(4, 3), before_linear=True)], (x, y))

@@ -63,8 +63,8 @@ class Queries:
         if frozen and logits_fn.stochastic:
             if not can_freeze(logits_fn):
                 raise ValueError(
-                    "expected a defense that can freeze its draws with frozen=True, got one that cannot; "
-                    "leave frozen out"
+                    "expected another defense, got one that draws anew: frozen=True needs a defense that can "
+                    "freeze its draws; leave frozen out"
                 )
             self.logits_fn = logits_fn.freeze(self.draws)
 
@@ -101,8 +101,9 @@ class Queries:
         cost, left = points * self.draws, self.max_queries - self.spent - reserve
         if left < cost:
             raise ValueError(
-                f"expected max_queries of at least {self.spent + cost + reserve}, which one step takes with "
-                f"{self.draws} draws per answer, got {self.max_queries}; raise it or ask for fewer draws"
+                f"expected more, got too few: max_queries={self.max_queries} does not pay for one step; "
+                f"{self.spent + cost + reserve} are needed with {self.draws} draws per answer: raise it or "
+                "ask for fewer draws"
             )
         return left // cost
 

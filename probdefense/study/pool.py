@@ -90,7 +90,7 @@ def _packed(work: Callable[[Any], Any], item: bytes) -> bytes:
 
 @contextmanager
 def steady() -> Iterator[None]:
-    """Inside, torch has the threads that every process of a job has; small networks gain from no more."""
+    """Inside, torch has the threads of every process of a job; networks this small gain from no more."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads())
     try:

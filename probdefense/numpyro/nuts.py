@@ -163,7 +163,7 @@ def nuts(
         >>> data = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
         >>> nuts(pd.defenses.rse(pd.models.small_cnn()), data)
         Traceback (most recent call last):
-        ValueError: expected random weights alone, got site 'input_noise', ...; sample the weights alone
+        ValueError: expected random weights alone, got another: site 'input_noise' ...; sample weights alone
     """
     seed, num_samples = check_seed(seed), check_count("num_samples", num_samples)
     num_warmup, num_chains = check_count("num_warmup", num_warmup, 0), check_count("num_chains", num_chains)

@@ -125,6 +125,10 @@ def _kept(tensor: Tensor, into: list[Tensor]) -> Tensor:
     return into[-1]
 
 
+DERIVED = ("covariance_matrix", "precision_matrix", "scale_tril")
+"""Of a correlated normal, from its factor."""
+
+
 def _copied(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same nest of distributions and transforms, with every tensor changed, in a fixed order."""
     if isinstance(thing, Tensor):
@@ -135,7 +139,10 @@ def _copied(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return _copied(thing._inv, change).inv
     if isinstance(thing, Distribution | Transform):
         twin = copy.copy(thing)
+        derived = () if "_unbroadcasted_scale_tril" not in vars(thing) else DERIVED
         for name, value in vars(thing).items():
+            if name in derived:  # computed on demand: whether somebody asked must not matter
+                continue
             twin.__dict__[name] = FORGOTTEN[name] if name in FORGOTTEN else _copied(value, change)
         return twin
     return thing

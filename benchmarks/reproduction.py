@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import probdefense as pd
 from probdefense.prediction.drawing import is_adaptive
 from probdefense.study.opponents import named_attack
-from probdefense.study.recipes import RECIPES, Workshop
+from probdefense.study.recipes import RECIPES, Workshop, learning_rates
 
 TRAIN, TEST, EPOCHS, GRADIENTS, ADAPTIVE = 12_000, 200, 4, 64, 50
 
@@ -31,7 +31,7 @@ def main() -> None:
     whole = pd.data.load(name, root)
     data = pd.data.Split(part(whole.train, TRAIN), part(whole.test, TEST))
     eps = pd.data.SOURCES[name].eps
-    shop = Workshop(data, eps, EPOCHS)
+    shop = Workshop(data, eps, EPOCHS, rates=learning_rates(name))
     print(f"{name}, eps {eps:g}, {TRAIN} training images, {EPOCHS} epochs, {GRADIENTS} gradients per image")
     print("| defense | images | clean | PGD | adaptive |\n|---|---|---|---|---|", flush=True)
     for recipe in names:

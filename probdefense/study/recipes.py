@@ -44,6 +44,9 @@ DECAY = 0.99
 WARM_UP = 5 / 46
 """Share of the training in which the radius of its attack grows: 5 of the 46 epochs on digits."""
 
+UNTUNED = 4e-3
+"""Learning rate of every recipe on data that no sweep was made on: what suits digits may be too high."""
+
 VALIDATION = (
     "learning rates are the best of 0.004, 0.008, 0.016 and 0.032 by the mean of clean accuracy and accuracy "
     "under the suite on 287 of the training digits, after 24 epochs on the others "
@@ -64,7 +67,7 @@ class Workshop:
         eps: Radius of adversarial training, l-inf, in pixels.
         epochs: Of every training.
         seed: Of every training; each recipe has its own stream.
-        rates: Learning rates by recipe; those of the table where absent.
+        rates: Learning rates by recipe; those for digits where absent.
         made: What is trained already, by recipe.
         rate: The learning rate of the recipe that is being made.
     """
@@ -133,8 +136,8 @@ class Recipe:
         about: What it is, in one line.
         make: Trains it.
         opponent: The attack made for it.
-        learning_rate: Of its training: the best of one sweep, the same for all (``benchmarks/tuning.py``);
-            None if it trains nothing itself.
+        learning_rate: Of its training on digits: the best of one sweep, the same for all
+            (``benchmarks/tuning.py``); None if it trains nothing itself.
         cost: Gradients per training step, so that the longest trainings start first.
         base: The recipe that it goes on from.
         notes: Prior and KL weight of Bayesian rows.
@@ -322,3 +325,9 @@ RECIPES: dict[str, Recipe] = {
         base="madry",
     ),
 }
+
+
+def learning_rates(data: str) -> dict[str, float]:
+    """By recipe, of those that train: the best of the sweep on digits, one for all on other data."""
+    rates = {name: recipe.learning_rate for name, recipe in RECIPES.items()}
+    return {name: rate if data == "digits" else UNTUNED for name, rate in rates.items() if rate is not None}

@@ -10,7 +10,7 @@ import probdefense
 from probdefense import data as datasets
 from probdefense.data import Split
 from probdefense.study.opponents import attack_names, suite_budget
-from probdefense.study.recipes import BATCH, DECAY, INNER_STEPS, RECIPES, VALIDATION, WARM_UP
+from probdefense.study.recipes import BATCH, DECAY, INNER_STEPS, RECIPES, VALIDATION, WARM_UP, learning_rates
 from probdefense.validation import check_count, check_member
 
 FULL = {
@@ -144,15 +144,17 @@ def training(request: Request) -> dict[str, Any]:
         "weight_average": f"ema {DECAY:g}",
         "warm_up_epochs": round(WARM_UP * request.size["epochs"], 2),
         "inner_attack": f"PGD-{INNER_STEPS}, steps of 2.5 eps / {INNER_STEPS}",
-        "validation": VALIDATION,
+        "validation": VALIDATION
+        if request.data == "digits"
+        else "none: the rate was not tuned on these data",
     }
 
 
 def _rates(request: Request) -> dict[str, float]:
     """By recipe, of those that train: the defenses and what they go on from."""
     names = dict.fromkeys(each for name in request.defenses for each in (RECIPES[name].base, name) if each)
-    rates = {name: RECIPES[name].learning_rate for name in names}
-    return {name: rate for name, rate in rates.items() if rate is not None}
+    rates = learning_rates(request.data)
+    return {name: rates[name] for name in names if name in rates}
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from probdefense.evaluation.report import Report
 from probdefense.prediction.drawing import is_adaptive
 from probdefense.rng import derive
 from probdefense.study.opponents import Opponent, named_attack
-from probdefense.study.recipes import RECIPES, Workshop
+from probdefense.study.recipes import RECIPES, Workshop, learning_rates
 from probdefense.study.request import ADAPTIVE, Request
 from probdefense.types import Attack, Inputs, Labels
 
@@ -46,7 +46,8 @@ class Found(NamedTuple):
 def judged(family: Family) -> dict[str, Found]:
     """Every defense of a family by name; what they share is trained once."""
     request, data = family.request, family.data
-    shop = Workshop(data, request.radius, request.size["epochs"], request.seed)
+    rates = learning_rates(request.data)
+    shop = Workshop(data, request.radius, request.size["epochs"], request.seed, rates)
     found = {}
     for name in family.names:
         place = f"{request.defenses.index(name) + 1}/{len(request.defenses)}"

@@ -5,6 +5,7 @@ import json
 import math
 import resource
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,6 +213,8 @@ def test_a_report_says_how_every_recipe_was_trained(result):
     assert "training digits" in training["validation"]
     asked, _ = job.prepare(little_request(defenses=("jump_relu",)))
     assert set(study_request.settings(asked, 1)["training"]["learning_rate"]) == {"madry"}
+    elsewhere = study_request.settings(replace(asked, data="mnist", eps=0.3), 1)["training"]
+    assert elsewhere["learning_rate"] == {"madry": 4e-3} and elsewhere["validation"].startswith("none")
 
 
 def test_one_budget_for_every_recipe(little, monkeypatch):

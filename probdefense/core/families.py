@@ -90,6 +90,11 @@ class Fixed(nn.Module):
 
     def __init__(self, distribution: Distribution):
         super().__init__()
+        if distribution.event_shape or not distribution.arg_constraints:
+            raise ValueError(
+                f"expected a distribution of single elements, such as Normal or Uniform, got "
+                f"{type(distribution).__name__}, which holds others or whole vectors; give its base"
+            )
         # The Pyro class of the same name, so that torch's own distributions may be given.
         self.kind: Any = getattr(dist, type(distribution).__name__, type(distribution))
         numbers = numbers_of(distribution)

@@ -71,11 +71,11 @@ class Flat(dist.TorchDistribution):
 class Joint(nn.Module):
     """A nested distribution of the elements of a flat vector; its tensors are buffers."""
 
-    function_settings = ("kind",)
+    function_settings = ("structure",)
 
     def __init__(self, distribution: Distribution, shape: tuple[int, ...]):
         super().__init__()
-        self.kind: Any = type(distribution)
+        self.structure = _structure(distribution)
         numbers: list[Tensor] = []
         self.template, self.shape = _copied(distribution, lambda tensor: _kept(tensor, numbers)), shape
         for place, number in enumerate(numbers):
@@ -85,6 +85,18 @@ class Joint(nn.Module):
         """The distribution, on the device where the module is."""
         numbers = iter(self.buffers())
         return Flat(_copied(self.template, lambda _: next(numbers)), self.shape)
+
+
+def _structure(thing: Any) -> str:
+    """The kinds of distributions and transforms that a nested one is made of."""
+    if isinstance(thing, _InverseTransform):
+        return f"Inverse({_structure(thing._inv)})"
+    if isinstance(thing, list | tuple):
+        return ", ".join(filter(None, map(_structure, thing)))
+    if isinstance(thing, Distribution | Transform):
+        inner = [value for name, value in vars(thing).items() if name not in FORGOTTEN]
+        return f"{type(thing).__name__}({_structure(inner)})"
+    return ""
 
 
 def is_nested(distribution: Distribution) -> bool:

@@ -5,7 +5,6 @@ Ensembles](https://arxiv.org/abs/1612.01474). As a posterior it is $\frac1K \sum
 discrete uniform site chooses the member, and the sample axis holds members.
 """
 
-import copy
 from collections.abc import Iterable
 
 import pyro.distributions as dist
@@ -16,7 +15,7 @@ from probdefense.core.defense import Defense, deterministic
 from probdefense.core.families import Fixed
 from probdefense.core.registry import builder
 from probdefense.core.sites import MemberSite
-from probdefense.defenses.host import device_and_dtype, refuse_replicas
+from probdefense.defenses.host import copied, device_and_dtype, refuse_replicas
 from probdefense.nn.members import Members
 
 
@@ -65,7 +64,7 @@ def ensemble(nets: Iterable[nn.Module], *, num_data: int | None = None) -> Defen
                 "randomness to it, as in rse(ensemble(nets))"
             )
         refuse_replicas(net)
-    members = [copy.deepcopy(net) for net in members]
+    members = [copied(net) for net in members]
     if len(members) == 1:
         return deterministic(members[0], num_data=num_data)
     whole = Members(members)

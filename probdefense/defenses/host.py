@@ -53,7 +53,7 @@ def host(net_or_defense: nn.Module, num_data: int | None) -> Host:
         )
     refuse_replicas(net_or_defense)
     if not isinstance(net_or_defense, Defense):
-        return Host(copy.deepcopy(net_or_defense), [], num_data)
+        return Host(copied(net_or_defense), [], num_data)
     if not hasattr(net_or_defense.model, "sites"):
         raise TypeError(
             "expected a network or a Defense made by a builder, got a Defense of your own model and "
@@ -64,6 +64,22 @@ def host(net_or_defense: nn.Module, num_data: int | None) -> Host:
         raise ValueError(f"expected num_data={known}, as in the given Defense, got {num_data}; leave it out")
     twin = copy.deepcopy(net_or_defense)
     return Host(twin.net, list(twin.sites.values()), num_data if num_data is not None else known)
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """A copy of a network.
+
+    Raises:
+        ValueError: a network that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(net)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"expected a network that can be copied, got {type(net).__name__}, of which torch says: "
+            f"{str(error).split('.')[0]}; where its weights are computed by torch.nn.utils.weight_norm or "
+            "spectral_norm, use those of torch.nn.utils.parametrizations"
+        ) from error
 
 
 def refuse_replicas(net: nn.Module) -> None:

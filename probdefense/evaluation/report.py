@@ -25,7 +25,7 @@ from probdefense.validation import check_kind
 Row = dict[str, Any]
 
 SEAL = "report.json"
-"""Under this name the saved arrays hold the hash of the rows that they belong to."""
+"""Under this name the saved arrays hold the hash of themselves and of the rows that they belong to."""
 
 COLUMNS = ("defense", "attack", "eps", "rule", "accuracy", "low", "high", "attack_samples", "gradients")
 
@@ -123,6 +123,7 @@ class Report:
             reports: Of the same defenses, attacks and settings on other examples (``first=`` of `evaluate`).
 
         Raises:
+            TypeError: something else than several reports.
             ValueError: no reports, other settings or rows, or examples that are in several.
 
         Examples:
@@ -133,8 +134,11 @@ class Report:
             >>> Report.merge(shards).rows == evaluated((x, y)).rows
             True
         """
+        if isinstance(reports, Report):
+            raise TypeError("expected several reports to merge, got one Report; give [report, ...]")
+        reports = [check_kind("reports", each, Report, "evaluate makes one") for each in reports]
         if not reports:
-            raise ValueError("expected at least one report to merge, got none")
+            raise ValueError("expected at least one report to merge, got none; evaluate makes them")
         first = reports[0]
         for other in reports[1:]:
             if other.settings != first.settings or [*map(_place, other.rows)] != [*map(_place, first.rows)]:
@@ -240,7 +244,7 @@ class Report:
         content = {"version": self.VERSION, "settings": self.settings, "rows": self.rows}
         text = json.dumps(content, indent=2, sort_keys=False) + "\n"
         with whole(folder / "arrays.npz") as place, place.open("wb") as file:
-            np.savez_compressed(file, **self.arrays, **{SEAL: _sealed(text)})  # type: ignore[arg-type]
+            np.savez_compressed(file, **self.arrays, **{SEAL: _sealed(text, self.arrays)})  # type: ignore[arg-type]
         with whole(folder / "timing.json") as place:
             place.write_text(json.dumps(self.timing, indent=2) + "\n")
         with whole(folder / "report.json") as place:
@@ -263,7 +267,7 @@ class Report:
                 f"expected report version {cls.VERSION}, got {content.get('version')}; evaluate and save it "
                 "again"
             )
-        if kept.pop(SEAL, None) != _sealed(text):
+        if kept.pop(SEAL, None) != _sealed(text, kept):
             raise ValueError(
                 f"expected the files of one report in {folder}, got arrays of another; a run was interrupted "
                 "while it wrote them: evaluate and save again"
@@ -336,6 +340,9 @@ def _place(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ("defense", "attack", "eps", "rule"))
 
 
-def _sealed(text: str) -> np.ndarray:
-    """What ties the arrays to the text of their ``report.json``."""
-    return np.array(hashlib.sha256(text.encode()).hexdigest())
+def _sealed(text: str, arrays: Arrays) -> np.ndarray:
+    """What ties the arrays to each other and to the text of their ``report.json``."""
+    total = hashlib.sha256(text.encode())
+    for key, array in sorted(arrays.items()):
+        total.update(f"{key} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return np.array(total.hexdigest())

@@ -29,7 +29,12 @@ TRAINING = {nn.TransformerEncoderLayer.forward}
 def held_still(net: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block: nothing is random but layers with holes, which keep their mode."""
     before: list[tuple[nn.Module, str, Any]] = []
+    owners = [module for module in net.modules() if type(module).train is not nn.Module.train]
+    modes = {module: module.training for module in net.modules()} if owners else {}
     try:
+        for owner in owners:  # what else such a module switches is known to its own train() alone
+            owner.train(False)
+        _restore(modes)
         for module in net.modules():
             for name, value in _still(module).items():
                 if (present := getattr(module, name)) != value:
@@ -39,6 +44,15 @@ def held_still(net: nn.Module) -> Iterator[None]:
     finally:
         for module, name, present in before:
             _set(module, name, present)
+        for owner in owners:
+            owner.train(modes[owner])
+        _restore(modes)
+
+
+def _restore(modes: Mapping[nn.Module, bool]) -> None:
+    """Puts every module into its mode, without calling its ``train``."""
+    for module, training in modes.items():
+        _set(module, "training", training)
 
 
 def _set(module: nn.Module, name: str, value: Any) -> None:

@@ -13,6 +13,14 @@ from tests.contract import BUILDERS, defended
 from tests.worlds import tiny_batch, tiny_net
 
 d = pd.defenses
+
+
+def mixture(family):
+    """Two kinds of elements of one family."""
+    kinds = dist.Categorical(torch.ones(2))
+    return dist.MixtureSameFamily(kinds, family(torch.zeros(2), torch.tensor([0.1, 1.0])))
+
+
 PAIRS = {
     "kappa": (lambda: d.jump_relu(tiny_net(), kappa=0.1), lambda: d.jump_relu(tiny_net(), kappa=0.2)),
     "threshold.family": (
@@ -35,6 +43,10 @@ PAIRS = {
     "guide.posteriors.weights.kind": (
         lambda: d.bayesian(tiny_net(), num_data=10),
         lambda: d.bayesian(tiny_net(), num_data=10, family=dist.Laplace),
+    ),
+    "structure": (
+        lambda: d.bayesian(tiny_net(), num_data=10, prior=mixture(dist.Normal)),
+        lambda: d.bayesian(tiny_net(), num_data=10, prior=mixture(dist.Laplace)),
     ),
     "guide.posteriors.weights.floor": (
         lambda: d.bayesian(tiny_net(), num_data=10),

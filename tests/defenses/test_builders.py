@@ -356,3 +356,29 @@ def test_resnet18_goes_through_every_builder(name):
 def test_normalize_is_checked():
     with pytest.raises(ValueError, match="one mean and one positive std per channel"):
         pd.nn.Normalize([0.5], [0.0])
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        dist.Independent(dist.Normal(torch.zeros(2), 1.0), 1),
+        dist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+        dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2), 1.0)),
+        dist.TransformedDistribution(dist.Normal(0.0, 1.0), [dist.transforms.ExpTransform()]),
+        dist.Normal(0.0, 1.0).mask(False),
+    ],
+)
+def test_noise_of_a_nested_family_is_refused(family):
+    with pytest.raises((ValueError, TypeError), match="expected"):
+        pd.defenses.rse(nn.Linear(4, 3), before_linear=True, family=family)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "build", [pd.defenses.rse, pd.defenses.bayesian, lambda net: pd.defenses.ensemble([net, net])]
+)
+def test_a_network_that_cannot_be_copied_is_explained(build):
+    net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 2, 3)), nn.Flatten(), nn.Linear(2, 3))
+    net(torch.rand(1, 1, 3, 3))
+    with pytest.raises(ValueError, match="parametrizations"):
+        build(net)

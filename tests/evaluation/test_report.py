@@ -85,3 +85,24 @@ def test_other_rules_under_one_name_do_not_overwrite_arrays():
     other = pd.evaluate(defended("rse"), tiny_batch(6), num_samples=4, rules=[pd.rules.vote])
     with pytest.raises(ValueError, match="got arrays .* in both; give every evaluation a name="):
         first + other
+
+
+def test_arrays_of_a_run_with_equal_rows_are_refused(tmp_path):
+    one, other = report(), report()
+    other.arrays[next(key for key in other.arrays if key.startswith("expected_entropy"))] += 1.0
+    assert one.rows == other.rows
+    one.save(tmp_path / "one")
+    other.save(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "arrays.npz", tmp_path / "altered.npz")
+    with np.load(tmp_path / "altered.npz") as kept:
+        arrays = {name: kept[name] for name in kept.files}
+    arrays["report.json"] = np.load(tmp_path / "one" / "arrays.npz")["report.json"]
+    np.savez_compressed(tmp_path / "one" / "arrays.npz", **arrays)
+    with pytest.raises(ValueError, match="expected the files of one report"):
+        pd.Report.load(tmp_path / "one")
+
+
+@pytest.mark.parametrize("wrong", [[1], [None], "report"])
+def test_only_reports_merge(wrong):
+    with pytest.raises(TypeError, match=r"expected (several )?reports"):
+        pd.Report.merge(report() if wrong == "report" else wrong)

@@ -207,3 +207,29 @@ def test_nothing_is_found_where_nothing_is_drawn():
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
     assert random_in_training(net, torch.rand(2, 4)) == []
+
+
+class Switched(nn.Module):
+    """Noise by an attribute that only its own ``train`` sets."""
+
+    def __init__(self):
+        super().__init__()
+        self.noisy = True
+
+    def train(self, mode=True):
+        self.noisy = mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.noisy else x
+
+
+def test_a_module_with_its_own_train_is_asked():
+    net = nn.Sequential(Switched(), nn.BatchNorm1d(4)).train()
+    net[1].eval()
+    x = torch.rand(2, 4)
+    with held_still(net):
+        assert torch.equal(net(x), net(x)) and not net[0].noisy
+    assert net[0].noisy and net[0].training and not net[1].training
+    frozen = pd.defenses.rse(nn.Sequential(nn.Linear(4, 3), Switched()).train(), before_linear=True).freeze(2)
+    assert torch.equal(frozen(x), frozen(x))

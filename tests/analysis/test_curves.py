@@ -101,6 +101,7 @@ def exact_posterior(counts, draws=60_000):
     return raw[:, 0], weight / weight.sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_simulation_based_calibration(replicates=300, examples=40):
     """Ranks of the truth in the posterior are uniform when truth and data come from the model."""
     rng = np.random.default_rng(0)
@@ -122,6 +123,7 @@ def test_simulation_based_calibration(replicates=300, examples=40):
     assert max(p_values(truths[:, 0] + 0.7)) < FAILURE_RATE
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:R-hat .* do not trust the bands")
 def test_the_sampler_agrees_with_the_exact_posterior_of_one_defense():
     alone = {name: value[:1] if name != "shared" else 0.0 for name, value in PLANTED.items()}

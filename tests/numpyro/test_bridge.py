@@ -152,6 +152,7 @@ def same_posterior(draws, x, y, effective):
     return max(float(off_mean.max()), float(off_scale.max())) < normal_quantile()
 
 
+@pytest.mark.slow
 def test_svi_nuts_and_numpyro_reach_the_closed_posterior():
     x, y = regression_data()
     with pyro.settings.context(module_local_params=True):

@@ -10,6 +10,7 @@ import probdefense as pd
 from probdefense.objectives import elbo
 
 
+@pytest.mark.slow
 def test_nuts_and_svi_agree_on_the_weights_of_a_small_net():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(60, 2, generator=generator)

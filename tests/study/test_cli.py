@@ -202,7 +202,7 @@ def training(defenses, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("defenses", ["none", "none,rse"])
+@pytest.mark.parametrize("defenses", ["none", pytest.param("none,rse", marks=pytest.mark.slow)])
 def test_an_interruption_in_the_middle_of_training_ends_with_130(defenses, tmp_path):
     if pool.cores() < len(defenses.split(",")):
         pytest.skip("one core trains one defense after the other")
@@ -212,6 +212,7 @@ def test_an_interruption_in_the_middle_of_training_ends_with_130(defenses, tmp_p
     assert (process.returncode, out, err) == (130, "", "probdefense: interrupted\n")
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_command(tmp_path):
     if pool.cores() < 2:
         pytest.skip("one core trains one defense after the other")

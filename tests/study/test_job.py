@@ -245,6 +245,7 @@ def test_defenses_that_share_a_training_are_one_family_and_the_longest_starts_fi
     assert asked.families == [("jump_relu", "madry"), ("none",), ("rse",)]
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(little, tmp_path, monkeypatch):
     monkeypatch.setattr(study_request, "QUICK", small(gradients=8, images=8))
     request, _ = job.prepare(little_request(defenses=("rse", "fast"), attacks=("pgd",)))

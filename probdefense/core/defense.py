@@ -68,6 +68,7 @@ class Defense(nn.Module):
         self._step_hooks: OrderedDict[int, Callable[[Step, Labels], None]] = OrderedDict()
         self._num_data: int | None = None
         self.calls: tuple[Call, ...] | None = None  # of builders, noted by them
+        self.origin: dict[str, Any] | None = None  # the record of the network, noted by them too
         self.notes: dict[str, Any] = {}
         self._example = None if example is None else example[:1].detach().clone()
         self._averaging = averaging(self)

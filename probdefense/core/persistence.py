@@ -35,7 +35,8 @@ def save(defense: Defense, path: Place, **notes: Any) -> None:
     """Writes a defense to a file, whole or not at all.
 
     The file holds the parameters, buffers and settings, and the builder calls that made the defense, with
-    their arguments. The network itself is code and is not in it: see `load`.
+    their arguments. A network of `probdefense.models`, of layers of ``torch.nn``, or a stack of these, is in
+    it by names and arguments, for the command; any other is code and is not in it: see `load`.
 
     Args:
         defense: What to write; of an adaptive defense its base.
@@ -180,6 +181,7 @@ def _header(defense: Defense, notes: Mapping[str, Any]) -> str:
             "format": FORMAT,
             "libraries": {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()},
             "calls": None if defense.calls is None else [call._asdict() for call in defense.calls],
+            "network": defense.origin,
             "sites": _sites(defense),
             "num_data": defense.num_data,
             "training": defense.training,
@@ -267,6 +269,8 @@ def _parsed(text: str, wanted: str) -> dict[str, Any]:
             "probdefense"
         )
     if not all(key in found and isinstance(found[key], kind) for key, kind in KEYS.items()):
+        raise ValueError(damaged)
+    if not isinstance(found.setdefault("network", None), dict | None):  # older files have none
         raise ValueError(damaged)
     if not all(map(_is_call, found["calls"] or ())):
         raise ValueError(damaged)

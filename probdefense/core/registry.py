@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 
 from probdefense.core import families
 from probdefense.core.families import numbers_of
+from probdefense.core.networks import record
 from probdefense.validation import plain
 
 P = ParamSpec("P")
@@ -71,10 +72,17 @@ def builder(function: Callable[P, D]) -> Callable[P, D]:
         arguments = {key: described(bound.arguments[key], key) for key in others}
         call = Call(name, arguments, len(net) if isinstance(net, list) else None)
         defense.calls = None if before is None else (*before, call)
+        defense.origin = net.origin if before else _common(net)
         return defense
 
     BUILDERS[name] = recorded
     return recorded
+
+
+def _common(net: Any) -> dict[str, Any] | None:
+    """The record of a network, or of networks that are all alike."""
+    found = [record(each) for each in (net if isinstance(net, list) else [net])]
+    return found[0] if all(each == found[0] for each in found) else None
 
 
 def repeated(calls: Iterable[Call], net: Any) -> Any:

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from probdefense.core.networks import network
 from probdefense.types import Inputs
 from probdefense.validation import check_count
 
 
+@network
 def resnet(depth: int = 20, num_classes: int = 10) -> nn.Module:
     """The residual network of its paper for CIFAR-10: widths 16, 32 and 64, shortcuts without weights.
 
@@ -42,6 +44,7 @@ def resnet(depth: int = 20, num_classes: int = 10) -> nn.Module:
     return _ResNet(_PaddedBlock, [16, 32, 64], depth // 6, num_classes)
 
 
+@network
 def resnet20(num_classes: int = 10) -> nn.Module:
     """The residual network of PNI for CIFAR-10, ``resnet(20)``: 269,722 parameters.
 
@@ -61,6 +64,7 @@ def resnet20(num_classes: int = 10) -> nn.Module:
     return resnet(20, num_classes)
 
 
+@network
 def resnet18(num_classes: int = 10) -> nn.Module:
     """The ResNet-18 that is usual for CIFAR-10: a 3x3 convolution first, no pool, widths 64 to 512.
 
@@ -80,6 +84,7 @@ def resnet18(num_classes: int = 10) -> nn.Module:
     return _ResNet(_Block, [64, 128, 256, 512], 2, num_classes)
 
 
+@network
 def preact_resnet18(num_classes: int = 10) -> nn.Module:
     """The ResNet-18 of fast adversarial training: normalization and ReLU come before each convolution.
 
@@ -100,6 +105,7 @@ def preact_resnet18(num_classes: int = 10) -> nn.Module:
     return _PreActResNet(num_classes)
 
 
+@network
 def wide_resnet(depth: int = 28, width: int = 10, num_classes: int = 10) -> nn.Module:
     """The wide residual network of adversarial training for CIFAR-10.
 
@@ -128,6 +134,7 @@ def wide_resnet(depth: int = 28, width: int = 10, num_classes: int = 10) -> nn.M
     return _WideResNet(depth // 6, check_count("width", width), num_classes)
 
 
+@network
 def resnext29(num_classes: int = 10) -> nn.Module:
     """The ResNeXt of RSE for CIFAR-10: 29 layers, two groups of 64 channels.
 

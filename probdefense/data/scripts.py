@@ -1,10 +1,14 @@
 """Names in Python files of the user's: ``FILE.py:NAME``."""
 
+import hashlib
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+FILES: dict[str, Path] = {}
+"""The files that were run, by the names of their modules, in that order: what another process needs."""
 
 
 def named(where: str) -> Any:
@@ -26,7 +30,7 @@ def named(where: str) -> Any:
         ValueError: expected a Python file at absent.py, got none; give it as FILE.py:NAME
     """
     file, _, name = where.rpartition(":")
-    module = _run(Path(file))
+    module = run_file(Path(file))
     if not name.isidentifier() or not hasattr(module, name):
         known = [each for each in vars(module) if not each.startswith("_")]
         raise ValueError(
@@ -43,21 +47,28 @@ def named(where: str) -> Any:
         ) from error
 
 
-def _run(path: Path) -> ModuleType:
-    """The module of a file, run once and kept under a name of its own, so that its classes can be pickled."""
+def run_file(path: Path) -> ModuleType:
+    """The module of a file, run once and kept under a name of its own, so that its classes can be pickled.
+
+    Raises:
+        ValueError: no such file, or it raises something; says what.
+    """
     if not path.is_file():
         raise ValueError(f"expected a Python file at {path}, got none; give it as FILE.py:NAME")
-    name = f"probdefense_file_{path.stem}_{abs(hash(path.resolve()))}"
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()  # the same in every process
+    name = f"probdefense_file_{path.stem}_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a path that ends in .py has a loader"
+    if spec is None or spec.loader is None:
+        raise ValueError(f"expected a Python file, got {path}; its name ends in .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file says
         del sys.modules[name]
         raise ValueError(f"{path} raised {_told(error)}; run it in Python to see where") from error
+    FILES[name] = path.resolve()
     return module
 
 

@@ -24,6 +24,9 @@ REFUSED, INTERRUPTED = 2, 130
 """Exit codes."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Recipes = Annotated[
+    list[Path] | None, typer.Option(help="A Python file with recipes of your own; may be repeated.")
+]
 
 
 @app.command()
@@ -48,6 +51,7 @@ def compare(
     data_root: Annotated[
         Path | None, typer.Option(help="Folder of the data; PROBDEFENSE_DATA if absent.")
     ] = None,
+    recipes: Recipes = None,
     as_json: AsJson = False,
 ) -> None:
     """Train defenses, attack each, and write a report that can be trusted.
@@ -60,7 +64,16 @@ def compare(
     try:
         request, split = job.prepare(
             job.Request(
-                _names(defenses), _names(attacks), data, eps, num_samples, epochs, seed, quick, data_root
+                _names(defenses),
+                _names(attacks),
+                data,
+                eps,
+                num_samples,
+                epochs,
+                seed,
+                quick,
+                data_root,
+                recipes=tuple(recipes or ()),
             )
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -85,11 +98,14 @@ def compare(
 
 
 @app.command("list")
-def list_names(as_json: AsJson = False) -> None:
+def list_names(recipes: Recipes = None, as_json: AsJson = False) -> None:
     """List the defenses, objectives, attacks and data sets, with one line each."""
     from probdefense.study.job import catalog
 
-    sections = catalog()
+    try:
+        sections = catalog(recipes or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if as_json:
         print(json.dumps(sections, indent=2))
         return

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from probdefense.evaluation.certification import Certificate
 from probdefense.evaluation.comparison import Comparison, compare_all
 from probdefense.evaluation.report import Report, Row
 from probdefense.files import reserve, together
+from probdefense.study import plugins
 from probdefense.study.opponents import named_attack
 from probdefense.study.pool import apart, steady
 from probdefense.study.recipes import RECIPES
@@ -174,8 +175,9 @@ def certified(result: Result, name: str) -> list[Row]:
     return certificate.curve(result.test[1][: len(certificate.label)], radii)
 
 
-def catalog() -> dict[str, dict[str, str]]:
-    """What there is, by kind and name, with one line each."""
+def catalog(recipes: Sequence[Path] = ()) -> dict[str, dict[str, str]]:
+    """What there is, by kind and name, with one line each; with the recipes of these files."""
+    plugins.found(recipes)
     public = {name: getattr(attacks, name) for name in attacks.__all__}
     lines = {
         "defenses": {name: recipe.about for name, recipe in RECIPES.items()},

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from probdefense.data.scripts import FILES, run_file
 from probdefense.progress import progress_bar
 
 Item = TypeVar("Item")
@@ -55,7 +57,7 @@ def apart(work: Callable[[Item], Found], items: Sequence[Item], processes: int) 
     if kind == "forkserver":
         context.set_forkserver_preload([work.__module__])  # imported once, for all
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(processes, context, _begin, (threads(),)) as pool:
+    with ProcessPoolExecutor(processes, context, _begin, (threads(), [*FILES.values()])) as pool:
         try:
             # bytes, because torch would pass tensors by shared memory, which small machines lack
             found = [pool.submit(_packed, work, pickle.dumps(item)) for item in items]
@@ -71,11 +73,16 @@ def apart(work: Callable[[Item], Found], items: Sequence[Item], processes: int) 
             raise
 
 
-def _begin(count: int) -> None:
-    """Settles a new process: interruptions are the first one's business, and it ends with that one."""
+def _begin(count: int, files: Sequence[Path]) -> None:
+    """Settles a new process: interruptions are the first one's business, and it ends with that one.
+
+    Files of the user's run here too: what comes may be of their classes, or need their recipes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     torch.set_num_threads(count)
+    for file in files:
+        run_file(file)
 
 
 def _end_with(parent: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import probdefense
 from probdefense import data as datasets
 from probdefense.data import Split
+from probdefense.study import plugins
 from probdefense.study.opponents import attack_names, suite_budget
 from probdefense.study.recipes import BATCH, DECAY, INNER_STEPS, RECIPES, VALIDATION, WARM_UP, learning_rates
 from probdefense.validation import check_count, check_member
@@ -40,6 +41,7 @@ class Request:
     """What is asked for; None means the default of the data set or of ``quick``.
 
     ``size`` is filled by `prepare`: epochs, gradients per image and attack, test images, and so on.
+    ``recipes`` are files with recipes of one's own.
     """
 
     defenses: tuple[str, ...]
@@ -52,6 +54,7 @@ class Request:
     quick: bool = False
     data_root: Path | None = None
     size: Mapping[str, int] = field(default_factory=dict)
+    recipes: tuple[Path, ...] = ()
 
     @property
     def radius(self) -> float:
@@ -77,6 +80,7 @@ def prepare(request: Request) -> tuple[Request, Split]:
         ValueError: an unknown name or a number out of range.
         FileNotFoundError: data that are not there.
     """
+    plugins.found(request.recipes)
     if not request.defenses:
         raise ValueError(f"expected at least one defense; known: {', '.join(RECIPES)}, all")
     for name in request.defenses:

@@ -108,7 +108,7 @@ def _evaluate(
         seed=request.seed,
         name=name,
     )
-    notes = RECIPES[name].notes if name in RECIPES else {}
+    notes = RECIPES[name].notes() if name in RECIPES else {}
     report.rows = [{**row, **notes} for row in report.rows]
     return report
 

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from probdefense import data, deterministic
 from probdefense.data import Split
-from probdefense.study import cli, job, opponents, recipes
+from probdefense.study import cli, job, opponents, workshop
 from probdefense.study import request as study_request
 from probdefense.study.job import Request
 from probdefense.study.recipes import RECIPES, Workshop
@@ -224,7 +224,7 @@ def test_one_budget_for_every_recipe(little, monkeypatch):
     def fit(defense, loader, **options):
         seen.setdefault(name, []).append((options["epochs"], loader.batch_size, options["average"]))
 
-    monkeypatch.setattr(recipes, "fit", fit)
+    monkeypatch.setattr(workshop, "fit", fit)
     for name, recipe in RECIPES.items():
         if recipe.learning_rate is not None:
             Workshop(little, eps=0.1, epochs=7).make(name)

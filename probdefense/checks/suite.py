@@ -5,7 +5,7 @@ from typing import Any
 
 from probdefense.attacks.tools.border import outside_inference
 from probdefense.checks.bench import Bench
-from probdefense.checks.comparisons import comparisons
+from probdefense.checks.comparisons import FEWEST_QUERIES, comparisons
 from probdefense.checks.gradients import gradients
 from probdefense.checks.optimization import optimization
 from probdefense.checks.outputs import answer, outputs
@@ -67,7 +67,7 @@ def run(
         norm: Of the threat model.
         rule: How draws become a decision.
         loss: What the attack climbs.
-        num_gradients: Per example and attack, every draw counting as one.
+        num_gradients: Per example and attack, every draw counting as one; at least 10 on a random defense.
         num_samples: Draws per step on a random defense.
         num_verdict: Draws of the verdicts.
         gradient_free: An attack by queries that takes ``eps`` and ``norm``; `attacks.square` by default.
@@ -101,6 +101,8 @@ def run(
     if gradient_free is not None:
         check_function("gradient_free", gradient_free, "logits_fn", "x", "y", eps=eps, norm=norm)
     logits_fn = as_logits_fn(logits_fn)
+    if gradient_free is None and logits_fn.stochastic:  # the square attack gets as many queries
+        check_count("num_gradients", num_gradients, least=FEWEST_QUERIES)
     with outside_inference(), forked(derive(seed, "checks"), x.device):
         x, y = (part.clone() if part.is_inference() else part for part in (x, y))
         bench = Bench(logits_fn, x, y, eps, norm, rule, loss, num_gradients, num_samples, num_verdict, seed)

@@ -23,7 +23,7 @@ class Noise(nn.Module):
 
     Args:
         scale: $\sigma$, in the units of the input of the layer (pixels for the first layer).
-        family: Distribution of one element of $\varepsilon$; ``Normal(0, 1)`` by default.
+        family: Continuous distribution of one element of $\varepsilon$; ``Normal(0, 1)`` by default.
         learned: Whether $\sigma$ is trained, as ``floor + exp(log_scale)``.
         shape: Shape of $\sigma$ without the batch axis: ``()``, ``(channels, 1, 1)`` or the event.
         floor: The smallest value that a learned $\sigma$ can take.
@@ -31,7 +31,8 @@ class Noise(nn.Module):
         when: ``"always"``, or only in ``"train"`` or only in ``"test"`` mode.
 
     Raises:
-        ValueError: a negative scale, or a learned scale not above its floor.
+        ValueError: a negative scale, a learned scale not above its floor, or a discrete family, which
+            would add to the pixels or double them where a mask was meant.
 
     Examples:
         >>> layer = Noise(0.5)
@@ -62,6 +63,11 @@ class Noise(nn.Module):
             )
         if not isinstance(when, str) or when not in ("always", "train", "test"):
             raise ValueError(f"expected when to be 'always', 'train' or 'test', got {when!r}; choose one")
+        if family is not None and family.support.is_discrete:
+            raise ValueError(
+                f"expected a continuous family, got {type(family).__name__}: noise is x + scale * eps or "
+                "x * (1 + scale * eps), which is no mask; take probdefense.nn.MaskedDropout(rate) for one"
+            )
         self.eps = Placeholder(family if family is not None else dist.Normal(0.0, 1.0))
         self.floor, self.multiplicative, self.when = floor, multiplicative, when
         if learned:

@@ -163,6 +163,12 @@ OPTIONS = {
     "Normalize unequally": (lambda w: pd.nn.Normalize([0.5], [0.5, 0.5]), ValueError, "one mean"),
     "Normalize by text": (lambda w: pd.nn.Normalize("a", "b"), TypeError, "mean"),
     "Noise of a negative scale": (lambda w: pd.nn.Noise(-0.1), ValueError, "scale >= 0"),
+    "Noise of a mask": (
+        lambda w: pd.nn.Noise(family=dist.Bernoulli(0.5), multiplicative=True),
+        ValueError,
+        "MaskedDropout",
+    ),
+    "Noise of counts": (lambda w: pd.nn.Noise(0.1, family=dist.Poisson(2.0)), ValueError, "continuous"),
     "Noise at no time": (lambda w: pd.nn.Noise(0.1, when="often"), ValueError, "when"),
     "TwoLogits of a function": (lambda w: pd.nn.TwoLogits(lambda x: x), TypeError, "nn.Module|net as Module"),
     "TwoLogits of three": (lambda w: pd.nn.TwoLogits(w.net)(w.x), ValueError, "one logit per example"),

@@ -248,6 +248,11 @@ CALLS = {
         ValueError,
         "num_gradients >= 1",
     ),
+    "checks of noise with few gradients": (
+        lambda w: checks(w, w.noisy, num_gradients=4),
+        ValueError,
+        "num_gradients >= 10, got 4",
+    ),
     "checks without verdicts": (lambda w: checks(w, w.plain, num_verdict=0), ValueError, "num_verdict >= 1"),
     "checks without samples": (lambda w: checks(w, w.plain, num_samples=0), ValueError, "num_samples >= 1"),
     "checks by a rule's name": (lambda w: checks(w, w.plain, rule="vote"), TypeError, "rule as a function"),

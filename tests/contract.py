@@ -38,8 +38,23 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "rse variational": partial(
         pd.defenses.rse, num_data=N, scale="variational", scale_shape="element", example=tiny_batch()[0]
     ),
+    "rse of full covariance": partial(
+        pd.defenses.rse, num_data=N, scale="learned", covariance="full", before_linear=True, init_at="conv"
+    ),
+    "rse of low rank": partial(pd.defenses.rse, num_data=N, scale="learned", covariance="low_rank"),
     "rse everywhere": partial(pd.defenses.rse, num_data=N, before_linear=True, init_at="conv"),
     "bayesian": partial(pd.defenses.bayesian, num_data=N),
+    "bayesian of low rank": partial(pd.defenses.bayesian, num_data=N, rank=2),
+    "bayesian below a ceiling": partial(
+        pd.defenses.bayesian, num_data=N, floor=0.01, init_scale=0.05, ceiling=0.1
+    ),
+    "bayesian of learned prior": partial(pd.defenses.bayesian, num_data=N, prior=pd.priors.learned_scale(0.5)),
+    "bayesian of a hierarchy": partial(
+        pd.defenses.bayesian, num_data=N, prior=pd.priors.hierarchical(dist.HalfCauchy(1.0))
+    ),
+    "bayesian around a center": partial(
+        pd.defenses.bayesian, num_data=N, prior=pd.priors.centered(tiny_net(), 0.1)
+    ),
     "bayesian per tensor": partial(pd.defenses.bayesian, num_data=N, layout="per_tensor"),
     "bayesian without prior": partial(pd.defenses.bayesian, num_data=N, prior=None),
     "bayesian on rse": lambda net: pd.defenses.bayesian(pd.defenses.rse(net), num_data=N),

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from probdefense.core.defense import Defense
-from probdefense.core.sites import Site, removed
+from probdefense.core.sites import Site, join, removed
 from probdefense.nn.passes import held_still, input_shapes, inputs_seen, run_on_nothing, run_on_zeros
 from probdefense.nn.relus import FUNCTIONAL, Where, relu_paths
+from probdefense.nn.surgery import insert_after
 from probdefense.types import Inputs
+from probdefense.validation import check_kind
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -29,6 +31,14 @@ class Host(NamedTuple):
     net: nn.Module
     sites: list[Site]
     num_data: int | None
+
+
+class Layer(NamedTuple):
+    """A layer of a network, and the event shape that it receives."""
+
+    path: str
+    module: nn.Module
+    event: torch.Size
 
 
 class Running(NamedTuple):
@@ -128,6 +138,43 @@ def running(
     return Running(met, x)  # type: ignore[arg-type]
 
 
+def output_shapes(
+    net: nn.Module, sites: list[Site], paths: Collection[str], example: Inputs | None, *, asked: bool
+) -> Running:
+    """As `running`, with the event shape that each layer returns."""
+    twin = copy.deepcopy(net)
+    probes = {
+        join(path, insert_after(twin.get_submodule(path), "probe", nn.Identity())): path for path in paths
+    }
+    seen = running(twin, sites, probes, example, asked=asked)
+    return Running({probes[name]: shape for name, shape in seen.shapes.items()}, seen.x)
+
+
+def last_linear(net: nn.Module, sites: list[Site], layer: str | None, example: Inputs | None) -> Layer:
+    """A layer by path, or the linear layer that runs last, with the event shape that it receives.
+
+    Raises:
+        ValueError: no such layer, or one that never runs.
+    """
+    modules = dict(net.named_modules())
+    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
+    if layer is not None:
+        check_kind("layer", layer, str, "give the path of a layer, as net.named_modules() has it")
+    if layer not in modules if layer is not None else not linear:
+        wanted = "a linear layer" if layer is None else f"a layer at {layer!r}"
+        raise ValueError(
+            f"expected {wanted} in {type(net).__name__}, found none; known: "
+            f"{', '.join(path for path in modules if path) or 'no layers'}; name one with layer="
+        )
+    met = running(net, sites, linear if layer is None else [layer], example, asked=layer is not None).shapes
+    if not met:
+        raise ValueError(
+            f"{', '.join(linear)} never runs in evaluation mode; name a layer that runs with layer="
+        )
+    path, event = list(met.items())[-1]
+    return Layer(path, modules[path], event)
+
+
 def running_relus(
     net: nn.Module,
     sites: list[Site],
@@ -215,6 +262,13 @@ def device_and_dtype(net: nn.Module, sites: Iterable[Site] = ()) -> Tensor:
     """A tensor where, and of the kind, that the network computes with, for ``layer.to(...)``."""
     tensors = itertools.chain(net.parameters(), net.buffers(), removed(sites).values())
     return next((t.detach() for t in tensors if t.is_floating_point()), torch.zeros(()))
+
+
+def channel_axis(layer: nn.Module | None, event: torch.Size) -> int:
+    """The axis of the channels in a batch of what a layer receives: 1 of images, -1 of features."""
+    if isinstance(layer, CONVOLUTIONS):
+        return 1
+    return 1 if len(event) > 2 and not isinstance(layer, nn.Linear) else -1
 
 
 def per_channel(layer: nn.Module, side: str = "in") -> tuple[int, ...]:

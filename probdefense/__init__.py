@@ -7,30 +7,28 @@ average them, certify them, or hand them to ArviZ.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from probdefense import attacks, checks, data, defenses, models, nn, objectives
-from probdefense.adaptation import rmc
-from probdefense.checks import detection
-from probdefense.core import Defense, deterministic, load, save
-from probdefense.evaluation import (
-    Certificate,
-    Comparison,
-    Report,
-    calibration,
-    certify,
-    compare,
-    compare_all,
-    evaluate,
-    with_draws,
-)
-from probdefense.logits import losses, rules
-from probdefense.logits.adapters import counted
-from probdefense.objectives import LossModule
-from probdefense.prediction import Prediction, predict
-from probdefense.training import History, fit, recalibrate
-
 if TYPE_CHECKING:
-    from probdefense import analysis, numpyro
+    from probdefense import analysis, attacks, checks, data, defenses, models, nn, numpyro, objectives
+    from probdefense.adaptation import rmc
     from probdefense.analysis import to_arviz
+    from probdefense.checks import detection
+    from probdefense.core import Defense, deterministic, load, save
+    from probdefense.evaluation import (
+        Certificate,
+        Comparison,
+        Report,
+        calibration,
+        certify,
+        compare,
+        compare_all,
+        evaluate,
+        with_draws,
+    )
+    from probdefense.logits import losses, rules
+    from probdefense.logits.adapters import counted
+    from probdefense.objectives import LossModule
+    from probdefense.prediction import Prediction, predict
+    from probdefense.training import History, fit, recalibrate
 
 __version__ = "0.1.0"
 
@@ -72,13 +70,39 @@ __all__ = [
 ]
 
 
+ROOMS = (
+    *("logits", "nn", "core", "defenses", "objectives", "training", "prediction", "attacks", "evaluation"),
+    *("checks", "adaptation", "numpyro", "analysis", "data", "models", "study"),
+)
+
+HOMES = {
+    **dict.fromkeys(("Defense", "deterministic", "load", "save"), "core"),
+    **dict.fromkeys(
+        ("Certificate", "Comparison", "Report", "calibration", "certify", "compare"), "evaluation"
+    ),
+    **dict.fromkeys(("compare_all", "evaluate", "with_draws"), "evaluation"),
+    **dict.fromkeys(("losses", "rules"), "logits"),
+    **dict.fromkeys(("Prediction", "predict"), "prediction"),
+    **dict.fromkeys(("History", "fit", "recalibrate"), "training"),
+    "LossModule": "objectives",
+    "counted": "logits.adapters",
+    "detection": "checks",
+    "rmc": "adaptation",
+    "to_arviz": "analysis",
+}
+"""Where the public names live."""
+
+
 def __getattr__(name: str) -> Any:
-    """What needs ArviZ, NumPyro or matplotlib is imported when it is asked for."""
-    if name in ("analysis", "numpyro"):
+    """Imports what is asked for: the help of the command needs no torch, most work no ArviZ or NumPyro."""
+    if name in ROOMS:
         return import_module(f"probdefense.{name}")
-    if name == "to_arviz":
-        return import_module("probdefense.analysis").to_arviz
-    raise AttributeError(f"module 'probdefense' has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module 'probdefense' has no attribute {name!r}")
+    import_module("probdefense.defenses")  # so that `load` knows our builders
+    home = f"probdefense.{HOMES[name]}"
+    found = globals()[name] = getattr(import_module(home), name)
+    return found
 
 
 def __dir__() -> list[str]:

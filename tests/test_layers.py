@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import probdefense
+
 PACKAGE = Path(__file__).parent.parent / "probdefense"
 HEAVY = ("arviz", "numpyro", "jax", "matplotlib", "torchvision", "sklearn", "rich", "typer", "jinja2")
 
@@ -86,7 +88,7 @@ STRANGERS = {
 
 
 def room_of(name: str) -> str:
-    return name.split(".")[1] if "." in name else ""
+    return name.split(".")[1] if "." in name and name != "probdefense.__main__" else ""
 
 
 def every_import(path: Path) -> set[str]:
@@ -138,9 +140,28 @@ def test_heavy_libraries_wait_inside_functions(name):
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    code = "import sys, probdefense; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = (
+        "import sys, probdefense; probdefense.evaluate; print([m for m in sys.argv[1:] if m in sys.modules])"
+    )
     answer = subprocess.run([sys.executable, "-c", code, *HEAVY], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_every_public_name_has_one_home():
+    assert {*probdefense.__all__} == {*probdefense.HOMES} | {*probdefense.ROOMS} & {*probdefense.__all__}
+    assert {*probdefense.ROOMS} == {*ROOMS} - {*GROUND}
+    for name in probdefense.__all__:
+        assert getattr(probdefense, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        probdefense.absent  # noqa: B018
+
+
+def test_load_alone_knows_the_builders():
+    code = (
+        "import sys, probdefense as pd; pd.load; from probdefense.core.registry import BUILDERS; "
+        "assert 'rse' in BUILDERS"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
+from probdefense import __version__
+
 app = typer.Typer(
-    help="Adversarial defenses as probabilistic programs: train, attack, report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,6 +23,22 @@ app = typer.Typer(
 
 REFUSED, INTERRUPTED = 2, 130
 """Exit codes."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"probdefense {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Adversarial defenses as probabilistic programs: train, attack, report."""
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Recipes = Annotated[

@@ -1,7 +1,8 @@
 """What is asked of the main job, and what of it cannot be done."""
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,19 @@ def prepare(request: Request) -> tuple[Request, Split]:
         ValueError: an unknown name or a number out of range.
         FileNotFoundError: data that are not there.
     """
-    plugins.found(request.recipes)
-    if not request.defenses:
-        raise ValueError(f"expected at least one defense; known: {', '.join(RECIPES)}, all")
-    for name in request.defenses:
-        check_member("defense", name, [*RECIPES, "all"])
+    with naming("--recipes"):
+        plugins.found(request.recipes)
+    with naming("--defenses"):
+        if not request.defenses:
+            raise ValueError(f"expected at least one defense; known: {', '.join(RECIPES)}, all")
+        for name in request.defenses:
+            check_member("defense", name, [*RECIPES, "all"])
     each = [name for asked in request.defenses for name in (RECIPES if asked == "all" else [asked])]
-    for name in request.attacks:
-        check_member("attack", name, ["clean", ADAPTIVE, *attack_names()])
-    check_member("data set", request.data, datasets.SOURCES)
+    with naming("--attacks"):
+        for name in request.attacks:
+            check_member("attack", name, ["clean", ADAPTIVE, *attack_names()])
+    with naming("--data"):
+        check_member("data set", request.data, datasets.SOURCES)
     _check_radius(request.radius)
     check_count("--num-samples", request.num_samples)
     check_count("--seed", request.seed, least=0)
@@ -97,7 +102,18 @@ def prepare(request: Request) -> tuple[Request, Split]:
     wanted = replace(
         request, defenses=tuple(dict.fromkeys(each)), attacks=_attacks(request), size=_size(request)
     )
-    return wanted, datasets.load(request.data, request.data_root)
+    with naming("--data"):
+        return wanted, datasets.load(request.data, request.data_root)
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Inside, what is refused says which option it came from."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        kind = type(error) if type(error) in (TypeError, ImportError, FileNotFoundError) else ValueError
+        raise kind(f"{option}: {error}") from error
 
 
 def _attacks(request: Request) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from probdefense.adaptation import rmc
     from probdefense.analysis import to_arviz
     from probdefense.checks import detection
-    from probdefense.core import Defense, deterministic, load, save
+    from probdefense.core import Defense, deterministic, load, priors, save
     from probdefense.evaluation import (
         Certificate,
         Comparison,
@@ -61,6 +61,7 @@ __all__ = [
     "numpyro",
     "objectives",
     "predict",
+    "priors",
     "recalibrate",
     "rmc",
     "rules",
@@ -86,6 +87,7 @@ HOMES = {
     **dict.fromkeys(("History", "fit", "recalibrate"), "training"),
     "LossModule": "objectives",
     "counted": "logits.adapters",
+    "priors": "core",
     "detection": "checks",
     "rmc": "adaptation",
     "to_arviz": "analysis",

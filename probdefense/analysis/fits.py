@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from probdefense.core.defense import Defense
+from probdefense.core.families import filled
 from probdefense.core.programs import vector
 from probdefense.core.replayed import FrozenReplay
-from probdefense.core.sites import NoiseSite, WeightSite, layer_name, unused
+from probdefense.core.sites import NoiseSite, ScaleSite, WeightSite, layer_name, unused
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, LogitsFn
 
@@ -98,7 +99,7 @@ def read_fit(
         attacked = [_log_probs(frozen, points) for points in adversarial.values()]
         by_layer = _by_layer(defense, draws)
         own = frozen.engine if isinstance(frozen, FrozenReplay) else None
-        hyper = own.hyper_parameters(x) & draws.keys() if own else set()
+        hyper = own.hyper_parameters(x) & draws.keys() if own else _scales(defense)
         fitted = any(own.global_sites(x).values()) if own else _fitted(defense)
     elements = {
         f"noise_scale.{name}": value.squeeze().cpu()
@@ -158,7 +159,7 @@ def _global_draws(defense: Defense, frozen: Any, x: Inputs) -> dict[str, Tensor]
         members = frozen.values(x)
         names = [name for name, (_, axis) in members[0].items() if axis is None]
         return {name: torch.stack([member[name][0].cpu() for member in members]) for name in names}
-    draws: dict[str, Tensor] = {}
+    draws: dict[str, Tensor] = {name: frozen.drawn[name].cpu() for name in _scales(defense)}
     sites = [site for site in defense.sites.values() if isinstance(site, WeightSite)]
     for site in sorted(sites, key=lambda site: site.perturbs):
         flat = frozen.drawn[site.name]
@@ -174,13 +175,14 @@ def _by_layer(defense: Defense, draws: dict[str, Tensor]) -> dict[str, dict[str,
     loc = {name: value.double().mean(0) for name, value in draws.items()}
     scale = {name: value.double().std(0, correction=0) for name, value in draws.items()}
     prior: dict[str, Tensor] = {}
+    centers = {site.name: site.center() for site in defense.sites.values() if isinstance(site, ScaleSite)}
     for site in defense.sites.values():
         if isinstance(site, WeightSite) and not site.perturbs:  # exact instead of estimated from draws
-            posterior = site.distribution("posterior").expand((site.size,))
+            posterior = filled(site.distribution("posterior"), (site.size,))
             loc |= site.views(posterior.mean)
             scale |= site.views(posterior.stddev)
             with suppress(NotImplementedError):  # a transformed prior may not know its variance
-                prior |= {} if site.prior is None else site.views(vector(site, "prior").stddev)
+                prior |= {} if site.prior is None else site.views(vector(site, "prior", centers).stddev)
     quantities = {
         "noise_scale": {name: _rms(value) for name, value in noise_scales(defense).items()},
         "weight_scale": {name: _rms(value) for name, value in scale.items()},
@@ -192,6 +194,11 @@ def _by_layer(defense: Defense, draws: dict[str, Tensor]) -> dict[str, dict[str,
 
 def _rms(values: Tensor) -> float:
     return math.sqrt(float(values.double().square().mean()))
+
+
+def _scales(defense: Defense) -> set[str]:
+    """Sites whose values are the scales of priors."""
+    return {site.name for site in defense.sites.values() if isinstance(site, ScaleSite)}
 
 
 def _fitted(defense: Defense) -> bool:

@@ -9,10 +9,11 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints, kl_divergence, register_kl
+from torch.distributions import Distribution, TransformedDistribution, constraints, kl_divergence, register_kl
 from torch.distributions.utils import broadcast_all
 
 from probdefense.rng import forked
@@ -74,6 +75,71 @@ def _kl_multiplicative(q: Any, p: Any) -> Tensor:
     return (2 * math.pi * p.scale**2).log() / 2 + square / (2 * p.scale**2) - entropy
 
 
+class ScaleMixture(dist.TorchDistribution):
+    r"""A wide and a narrow Normal around zero, $\pi N(0, \sigma_1^2) + (1 - \pi) N(0, \sigma_2^2)$.
+
+    Args:
+        scale_1: $\sigma_1$.
+        scale_2: $\sigma_2$.
+        weight: $\pi$ in (0, 1).
+        validate_args: As in torch.
+    """
+
+    arg_constraints = {  # noqa: RUF012
+        "scale_1": constraints.positive,
+        "scale_2": constraints.positive,
+        "weight": constraints.unit_interval,
+    }
+    support = constraints.real
+
+    def __init__(self, scale_1: Tensor, scale_2: Tensor, weight: Tensor, validate_args: bool | None = None):
+        self.scale_1, self.scale_2, self.weight = broadcast_all(scale_1, scale_2, weight)
+        super().__init__(self.weight.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ScaleMixture":
+        parts = (part.expand(batch_shape) for part in (self.scale_1, self.scale_2, self.weight))
+        return type(self)(*parts, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.zeros_like(self.weight)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.weight * self.scale_1**2 + (1 - self.weight) * self.scale_2**2
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        wide = torch.bernoulli(self.weight.expand(shape)).bool()
+        eps = torch.randn(shape, dtype=self.weight.dtype, device=self.weight.device)
+        return eps * torch.where(wide, self.scale_1, self.scale_2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        parts = [
+            share.log() - (value / scale) ** 2 / 2 - scale.log()
+            for share, scale in ((self.weight, self.scale_1), (1 - self.weight, self.scale_2))
+        ]
+        return torch.logaddexp(*parts) - math.log(2 * math.pi) / 2
+
+
+class LogNormalScale(dist.LogNormal):
+    """A log-normal posterior of scales; its KL from any distribution of positive numbers is a quadrature."""
+
+
+NODES, NODE_WEIGHTS = (torch.as_tensor(each) for each in np.polynomial.hermite_e.hermegauss(32))
+"""Gauss-Hermite points and weights for a standard normal, before they are divided by their sum."""
+
+
+@register_kl(LogNormalScale, Distribution)
+@register_kl(LogNormalScale, TransformedDistribution)
+@register_kl(LogNormalScale, torch.distributions.LogNormal)
+def _kl_of_scales(q: Any, p: Any) -> Tensor:
+    at = NODES.to(q.loc).view(-1, *[1] * q.loc.dim())
+    weights = (NODE_WEIGHTS / NODE_WEIGHTS.sum()).to(q.loc).view_as(at)
+    entropy = q.loc + (2 * math.pi * math.e * q.scale**2).log() / 2
+    return -entropy - (weights * p.log_prob((q.loc + q.scale * at).exp())).sum(0)
+
+
 def numbers_of(distribution: Distribution) -> dict[str, Tensor]:
     """The numbers that a distribution was made of, by the name of the argument."""
     known = inspect.signature(type(distribution).__init__).parameters
@@ -124,30 +190,61 @@ def _read_anew(module: Fixed, _: Any) -> None:
 class MeanField(nn.Module):
     r"""Independent elements with trained location and scale, $\sigma = \text{floor} + e^{\rho}$.
 
+    With a ceiling $\sigma = \text{floor} + (\text{ceiling} - \text{floor})\, \mathrm{sigmoid}(\rho)$, which,
+    unlike a clamp, has a gradient everywhere.
+
     Args:
         loc: Where the locations start, ``(D,)``.
-        init_scale: Where every scale starts, above the floor.
+        init_scale: Where every scale starts, above the floor and below the ceiling.
         family: ``Normal``, ``Laplace`` or another class of ``(loc, scale)`` with mean ``loc``.
         floor: The smallest scale.
+        ceiling: The largest scale; None for none.
     """
 
-    function_settings = ("kind", "floor")
+    function_settings = ("kind", "floor", "ceiling")
 
-    def __init__(self, loc: Tensor, init_scale: float, family: Any = dist.Normal, floor: float = 0.0):
+    def __init__(
+        self,
+        loc: Tensor,
+        init_scale: float,
+        family: Any = dist.Normal,
+        floor: float = 0.0,
+        ceiling: float | None = None,
+    ):
         super().__init__()
-        self.kind, self.floor = family, floor
+        self.kind, self.floor, self.ceiling = family, floor, ceiling
         self.loc = nn.Parameter(loc.detach().clone())
-        self.log_scale = nn.Parameter(torch.full_like(self.loc, math.log(init_scale - floor)))
+        self.log_scale = nn.Parameter(torch.full_like(self.loc, unbounded(init_scale, floor, ceiling)))
 
     @property
     def scale(self) -> Tensor:
         """The current scales, ``(D,)``."""
-        scale = self.log_scale.exp()
-        return scale + self.floor if self.floor else scale
+        return bounded(self.log_scale, self.floor, self.ceiling)
 
     def forward(self) -> Distribution:
         """The distribution of the flat vector, one element each."""
-        return self.kind(self.loc, self.scale, validate_args=False)
+        made = self.kind(self.loc, self.scale, validate_args=False)
+        if not self.floor and self.ceiling is None:
+            made.log_scale = self.log_scale  # so that nobody takes the log of its exponential
+        return made
+
+
+def filled(distribution: Any, shape: tuple[int, ...]) -> Any:
+    """A distribution of elements, or of whole vectors, expanded to values of a shape."""
+    return distribution.expand(shape[: len(shape) - len(distribution.event_shape)])
+
+
+def bounded(rho: Tensor, floor: float, ceiling: float | None) -> Tensor:
+    """The scale of a free parameter, between floor and ceiling."""
+    if ceiling is not None:
+        return floor + (ceiling - floor) * rho.sigmoid()
+    return rho.exp() + floor if floor else rho.exp()
+
+
+def unbounded(scale: float, floor: float, ceiling: float | None) -> float:
+    """The free parameter of a scale."""
+    above = scale - floor
+    return math.log(above) if ceiling is None else math.log(above / (ceiling - scale))
 
 
 class Spread(nn.Module):
@@ -183,7 +280,7 @@ def drawn(distribution: Any, shape: tuple[int, ...], generator: torch.Generator 
     seed = None
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    expanded = distribution.expand(shape)
+    expanded = filled(distribution, shape)
     with forked(seed, None if generator is None else generator.device):
         return expanded.rsample() if expanded.has_rsample else expanded.sample()
 
@@ -193,7 +290,8 @@ def divergence(q: Distribution, p: Distribution, value: Tensor, name: str) -> Te
     if type(q) is dist.Normal and type(p) is dist.Normal and p.scale.dim() == 0 and q.loc.dim() == 1:
         return _flat_normal_kl(q, p)
     try:
-        return kl_divergence(q, p).sum()
+        vector = dist.Independent(p.expand(q.event_shape), 1) if q.event_shape and not p.event_shape else p
+        return kl_divergence(q, vector).sum()
     except NotImplementedError:
         warnings.warn(
             f"KL({type(q).__name__} || {type(p).__name__}) of site {name!r} has no closed form and is "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from probdefense.core.sites import NoiseSite, Site, removed, unique_names
+from probdefense.core.sites.site import EMPTY
 from probdefense.nn.passes import execution_order, explained, held_still
 from probdefense.nn.placeholder import placeholders
 from probdefense.rng import GLOBAL, keyed
@@ -164,7 +165,7 @@ def sample_sites(model: Model, x: Inputs, of: str, plate: pyro.plate) -> Draws:
     """Samples all sites, global ones first, from the side named by `of`: the one code path."""
     values: Draws = {}
     for site in model.global_sites:
-        distribution = vector(site, of)
+        distribution = vector(site, of, values)
         with _masked(site):
             value = pyro.sample(site.name, distribution)
         values[site.name] = value.reshape(distribution.event_shape)  # Predictive adds axes of size 1
@@ -175,9 +176,9 @@ def sample_sites(model: Model, x: Inputs, of: str, plate: pyro.plate) -> Draws:
     return values
 
 
-def vector(site: Site, of: str) -> Any:
-    """The joint distribution of a global site, one event."""
-    found = site.distribution(of)
+def vector(site: Site, of: str, given: Draws = EMPTY) -> Any:
+    """The joint distribution of a global site, one event; its prior may depend on `given` values."""
+    found = site.distribution(of, given)
     return found if found.event_shape else dist.Independent(found.expand((site.size,)), 1)
 
 

@@ -22,12 +22,22 @@ from probdefense.validation import plain
 
 P = ParamSpec("P")
 D = TypeVar("D", bound=nn.Module)
+K = TypeVar("K", bound=type)
 
 BUILDERS: dict[str, Callable[..., Any]] = {}
 """Every function that was decorated, by name."""
 
 HOMES = {"pyro": pyro.distributions, "torch": torch.distributions, "probdefense": families}
 """Where the distributions are defined that a file may name."""
+
+RECORDED: dict[str, Any] = {}
+"""Classes of arguments that a file may hold by what they were made with, by name."""
+
+
+def recordable(kind: K) -> K:
+    """Registers a class whose ``record()``, or its fields, is what a file needs to make one like it."""
+    RECORDED[kind.__name__] = kind
+    return kind
 
 
 class Call(NamedTuple):
@@ -121,6 +131,10 @@ def described(value: Any, name: str) -> Any:
         return {"mapping": {str(key): described(part, name) for key, part in value.items()}}
     if isinstance(value, Tensor) and name == "example":  # only its shape matters to a builder
         return {"example": list(value.shape[1:]), "dtype": _dtype(value)}
+    if RECORDED.get(type(value).__name__) is type(value):
+        parts = value.record() if hasattr(value, "record") else vars(value)
+        held = {key: described(part, key) for key, part in parts.items()}
+        return {"made": type(value).__name__, "of": held}
     kind = _named(value if isinstance(value, type) else type(value))
     if kind is not None and isinstance(value, type):
         return {"family": kind}
@@ -146,6 +160,8 @@ def restored(value: Any, where: str) -> Any:
             return {key: restored(part, where) for key, part in parts.items()}
         case {"example": list(shape), "dtype": str(dtype)}:
             return torch.zeros((1, *shape), dtype=_torch_dtype(dtype))
+        case {"made": str(kind), "of": dict(parts)} if kind in RECORDED:
+            return RECORDED[kind](**{key: restored(part, where) for key, part in parts.items()})
         case {"family": str(kind)}:
             return _found(kind)
         case {"distribution": str(kind), "numbers": dict(numbers)}:

@@ -22,7 +22,7 @@ from probdefense.core.defense import Defense
 from probdefense.core.registry import builder
 from probdefense.core.sites import Family, Prior, WeightSite, Where, flat_weights
 from probdefense.defenses.host import host
-from probdefense.validation import check_kind, check_positive
+from probdefense.validation import check_count, check_kind, check_positive, kind_of
 
 
 @builder
@@ -34,6 +34,8 @@ def bayesian(
     init_scale: float = 0.02,
     family: Family = dist.Normal,
     floor: float = 0.0,
+    ceiling: float | None = None,
+    rank: int = 0,
     where: Where | None = None,
     layout: str = "flat",
 ) -> Defense:
@@ -46,14 +48,20 @@ def bayesian(
     Args:
         net: A network or a `Defense`; it is copied.
         num_data: Size of the training set, which weighs the KL term.
-        prior: A distribution for every element, or of a parameter's shape, a function ``(name, tensor) ->
-            distribution or None``, or None. None masks the site: no KL. A mixture, a transformed or a
-            correlated prior has no closed KL, which is then estimated by the densities at the draw.
+        prior: A distribution for every element, or of a parameter's shape, one of `probdefense.priors`, a
+            function ``(name, tensor) -> distribution or None``, or None. None masks the site: no KL. A
+            mixture, a transformed or a correlated prior has no closed KL, which is then estimated by the
+            densities at the draw.
         init_scale: $\sigma$ of every element before training, in units of the weights; relative to
             the weight for `MultiplicativeLogNormal`.
         family: The posterior of an element: ``Normal``, ``Laplace``, `MultiplicativeLogNormal` (the
             sign stays, noise is in proportion), or a function ``(name, tensor) -> one of them``.
         floor: The smallest scale, below `init_scale`.
+        ceiling: The largest scale, above `init_scale`; None for none. It bends the scale smoothly
+            ($\sigma = a + (b - a)\, \mathrm{sigmoid}(\rho)$), so that it can come back down.
+        rank: $k$ of a guide with correlations, $\Sigma = W W^\top + \mathrm{diag}(\sigma^2)$ with $W$ of
+            shape ``(D, k)`` per site; 0 for independent elements. Normal only; floor and ceiling hold for
+            $\sigma$. A step costs $O(Dk^2)$, and the KL to a Normal prior is closed.
         where: ``(name, tensor) -> bool``, which parameters; by default all but those of normalization
             layers and frozen ones (``requires_grad=False``).
         layout: ``"flat"``, one site per pair of families, or ``"per_tensor"``, one site per parameter.
@@ -62,8 +70,8 @@ def bayesian(
         A `Defense`; the state dict holds ``guide.posteriors.weights.loc`` and ``.log_scale``.
 
     Raises:
-        ValueError: no parameter was chosen, `init_scale` is not above the floor, or a prior that does not
-            allow every real number or has another shape.
+        ValueError: no parameter was chosen, `init_scale` is not between floor and ceiling, a rank with
+            another family, or a prior that does not allow every real number or has another shape.
 
     References:
         Blundell et al., 2015, [Weight Uncertainty in Neural Networks](https://arxiv.org/abs/1505.05424);
@@ -82,6 +90,14 @@ def bayesian(
         raise ValueError(
             f"expected init_scale above the floor {floor}, got {init_scale}; raise it or lower the floor"
         )
+    if ceiling is not None and check_positive("ceiling", ceiling) <= init_scale:
+        raise ValueError(
+            f"expected init_scale below the ceiling {ceiling}, got {init_scale}; lower it or raise the other"
+        )
+    if check_count("rank", rank, 0) and family is not dist.Normal:
+        raise ValueError(
+            f"expected family=Normal with rank={rank}, got {kind_of(family)}; leave out one of them"
+        )
     net, sites, num_data = host(net, num_data)
     weights = flat_weights(
         net,
@@ -89,6 +105,8 @@ def bayesian(
         init_scale=init_scale,
         family=family,
         floor=floor,
+        ceiling=ceiling,
+        rank=rank,
         where=where,
         layout=layout,
         taken=[site.name for site in sites],

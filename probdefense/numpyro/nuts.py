@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from probdefense.core.defense import Defense
 from probdefense.core.replayed import own_params
-from probdefense.core.sites import WeightSite, join
+from probdefense.core.sites import ScaleSite, WeightSite, join
 from probdefense.defenses.bayesian import bayesian
 from probdefense.defenses.host import host
 from probdefense.evaluation.examples import gather
@@ -290,9 +290,10 @@ def _normal_prior(defense: Defense, names: list[str], like: Tensor) -> tuple[Ten
     """Location and scale of the prior of some parameters, flat; N(0, 1) where they have none."""
     loc: dict[str, Tensor] = {}
     scale: dict[str, Tensor] = {}
+    scales = {site.name: site.center() for site in defense.sites.values() if isinstance(site, ScaleSite)}
     for site in defense.sites.values():
         if isinstance(site, WeightSite) and not site.perturbs and site.prior is not None:
-            prior = site.distribution("prior").expand((site.size,))
+            prior = site.distribution("prior", scales).expand((site.size,))
             loc |= site.views(prior.mean)
             scale |= site.views(prior.stddev)
             if set(names) & set(site.views(prior.mean)) and not isinstance(prior, dist.Normal):

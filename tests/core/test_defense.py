@@ -240,7 +240,7 @@ def test_builders_copy_and_keep_names_and_weights(name):
         alias: view
         for site in defense.sites.values()
         if site.posterior is not None and not site.local
-        for alias, view in site.fill(site.posterior.loc, defense.net).items()
+        for alias, view in site.fill(site.center(), defense.net).items()
     }
     assert set(before) <= set(kept) | set(moved)
     for n, value in before.items():

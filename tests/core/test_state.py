@@ -52,6 +52,10 @@ PAIRS = {
         lambda: d.bayesian(tiny_net(), num_data=10),
         lambda: d.bayesian(tiny_net(), num_data=10, floor=1e-3),
     ),
+    "guide.posteriors.weights.ceiling": (
+        lambda: d.bayesian(tiny_net(), num_data=10),
+        lambda: d.bayesian(tiny_net(), num_data=10, ceiling=0.5),
+    ),
 }
 
 

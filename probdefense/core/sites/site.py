@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from probdefense.core.families import Fixed, drawn
+from probdefense.core.families import Fixed, drawn, filled
 
 EMPTY: Mapping[str, Tensor] = {}
 
@@ -40,12 +40,16 @@ class Site:
         """The number of elements of a global site."""
         return 1
 
-    def distribution(self, of: str) -> Distribution:
-        """The distribution of the elements, ``of="prior"`` (model) or ``"posterior"`` (guide)."""
+    def distribution(self, of: str, given: Mapping[str, Tensor] = EMPTY) -> Distribution:
+        """The distribution of the elements, ``of="prior"`` (model) or ``"posterior"`` (guide).
+
+        A prior that depends on another site takes its value from `given`.
+        """
         module = self.prior if of == "prior" else self.posterior
         module = module or self.prior or self.posterior
         assert module is not None, f"site {self.name} has neither prior nor posterior"
-        return module()
+        above = given.get(getattr(self, "scaled_by", "")) if module is self.prior else None
+        return module() if above is None else module(above)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Elements of the posterior, of a shape that ends in that of its distribution."""
@@ -56,7 +60,7 @@ class Site:
 
     def center(self) -> Tensor:
         """The value of a global site in the static base: the mean of the posterior."""
-        return self.distribution("posterior").expand((self.size,)).mean
+        return filled(self.distribution("posterior"), (self.size,)).mean
 
     def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
         """The tensors of the network, by name, that a value stands for; `given` replaces those of `net`."""

@@ -12,14 +12,20 @@ from torch.distributions import Distribution
 
 from probdefense.core.families import Fixed, MeanField, MultiplicativeLogNormal
 from probdefense.core.joint import Joint, allows_all, fits, is_nested, joint_shape
+from probdefense.core.low_rank import LowRank
+from probdefense.core.priors import LayerScales
+from probdefense.core.sites.scales import ScaleSite
 from probdefense.core.sites.site import EMPTY, Site, unused
 from probdefense.validation import check_function, check_kind, kind_of
 
-Prior = Distribution | Callable[[str, Tensor], Distribution | None] | None
-"""One distribution for every element, one by parameter name, or None: no prior, no KL."""
+Prior = Distribution | LayerScales | Callable[[str, Tensor], Distribution | LayerScales | None] | None
+"""One distribution for every element, one with scales of its own, one by name, or None: no prior, no KL."""
 
 Where = Callable[[str, Tensor], bool]
 """Which parameters, by name and value."""
+
+Member = tuple[tuple[str, ...], nn.Parameter, Any]
+"""A parameter with all its names and its prior."""
 
 Family = type[Distribution] | Callable[[str, Tensor], type[Distribution]]
 """The posterior of every parameter: a class of ``(loc, scale)`` with mean ``loc``, or one by name."""
@@ -31,6 +37,7 @@ class WeightSite(Site):
 
     names: tuple[tuple[str, ...], ...] = ()
     shapes: tuple[torch.Size, ...] = ()
+    scaled_by: str = ""
 
     @property
     def size(self) -> int:
@@ -59,6 +66,8 @@ def flat_weights(
     where: Where | None = None,
     family: Family = dist.Normal,
     floor: float = 0.0,
+    ceiling: float | None = None,
+    rank: int = 0,
     layout: str = "flat",
     taken: Iterable[str] = (),
 ) -> list[Site]:
@@ -75,7 +84,7 @@ def flat_weights(
     if where is not None:
         check_function("where", where, "name", "tensor")
     chosen = _choose(net, where)
-    groups: dict[object, list[tuple[tuple[str, ...], nn.Parameter, Distribution | None]]] = {}
+    groups: dict[object, list[Member]] = {}
     kinds: dict[object, type[Distribution]] = {}
     for names, parameter in chosen:
         p, kind = _prior_of(prior, names[0], parameter), _family_of(family, names[0], parameter)
@@ -89,34 +98,54 @@ def flat_weights(
         name = unused(members[0][0][0] if layout == "per_tensor" else "weights", used)
         used.add(name)
         loc = torch.cat([parameter.detach().flatten() for _, parameter, _ in members])
-        sites.append(
-            WeightSite(
-                name=name,
-                prior=_joined_prior([(p, parameter.shape) for _, parameter, p in members], loc),
-                posterior=MeanField(loc, init_scale, kinds[group], floor),
-                names=tuple(names for names, _, _ in members),
-                shapes=tuple(parameter.shape for _, parameter, _ in members),
-            )
-        )
+        if rank:
+            posterior: nn.Module = LowRank(loc, init_scale, rank, floor, ceiling)
+        else:
+            posterior = MeanField(loc, init_scale, kinds[group], floor, ceiling)
+        sites += _with_scales(name, members, posterior, loc, used)
     for names, _ in chosen:
         for parameter_name in names:
             _take_out(net, parameter_name)
     return sites
 
 
-def _prior_of(prior: Any, name: str, parameter: Tensor) -> Distribution | None:
+def _with_scales(
+    name: str, members: list[Member], posterior: nn.Module, loc: Tensor, used: set[str]
+) -> list[Site]:
+    """The site of one flat vector, after that of the scales that its prior depends on, if it does."""
+    prior = members[0][2]
+    about: dict[str, Any] = {
+        "names": tuple(names for names, _, _ in members),
+        "shapes": tuple(parameter.shape for _, parameter, _ in members),
+    }
+    if not isinstance(prior, LayerScales):
+        joined = _joined_prior([(p, parameter.shape) for _, parameter, p in members], loc)
+        return [WeightSite(name, joined, posterior, **about)]
+    scales = prior.prior([n[0] for n, _, _ in members], [p.numel() for _, p, _ in members], loc)
+    sides = prior.sides(scales, loc)
+    if sides is None:
+        return [WeightSite(name, scales, posterior, **about)]
+    above = unused(f"{name}_scale", used)
+    used.add(above)
+    return [
+        ScaleSite(above, *sides, layers=tuple(scales.layers)),
+        WeightSite(name, scales, posterior, scaled_by=above, **about),
+    ]
+
+
+def _prior_of(prior: Any, name: str, parameter: Tensor) -> Any:
     """The prior of a parameter, checked.
 
     Raises:
         TypeError: no distribution.
         ValueError: one of another shape, or that does not allow every real number.
     """
-    given = prior is None or isinstance(prior, Distribution)
+    given = prior is None or isinstance(prior, Distribution | LayerScales)
     if not given:
         check_function("prior", prior, "name", "tensor")
     found = prior if given else prior(name, parameter)
-    if found is None:
-        return None
+    if found is None or isinstance(found, LayerScales):
+        return found
     check_kind(
         "prior", found, Distribution, "such as Normal(0.0, 1.0), a function of (name, tensor), or None"
     )
@@ -164,8 +193,10 @@ def _family_of(family: Any, name: str, parameter: Tensor) -> type[Distribution]:
     return kind
 
 
-def _likeness(prior: Distribution | None, name: str) -> object:
+def _likeness(prior: Any, name: str) -> object:
     """What priors must share to be one flat vector; nested ones of some shape stand alone."""
+    if isinstance(prior, LayerScales):
+        return prior
     if prior is None or not is_nested(prior):
         return type(prior)
     return (name, prior) if prior.batch_shape + prior.event_shape else id(prior)
@@ -211,7 +242,7 @@ def tied_names(net: nn.Module) -> dict[nn.Parameter, tuple[str, ...]]:
     return names
 
 
-def _joined_prior(members: list[tuple[Distribution | None, torch.Size]], like: Tensor) -> nn.Module | None:
+def _joined_prior(members: list[tuple[Any, torch.Size]], like: Tensor) -> nn.Module | None:
     """One flat prior for parameters that share a family; scalar if all elements share its numbers."""
     first = members[0][0]
     if first is None:
@@ -230,7 +261,7 @@ def _joined_prior(members: list[tuple[Distribution | None, torch.Size]], like: T
     return Fixed(fixed[0].kind(**joined, validate_args=False)).to(like)
 
 
-def _refuse_zeros(kind: Any, prior: Distribution | None, name: str, parameter: Tensor) -> None:
+def _refuse_zeros(kind: Any, prior: Any, name: str, parameter: Tensor) -> None:
     if kind is MultiplicativeLogNormal and prior is not None and not bool(parameter.all()):
         raise ValueError(
             f"{name} holds zeros, where multiplicative noise has an infinite KL; give it another family, "

@@ -183,7 +183,7 @@ class Vectorized:
         kl: dict[str, Tensor] = {}
         for site in self.model.global_sites:
             if site.posterior is not None and site.prior is not None:
-                q, p = sites.of(site).distribution("posterior"), site.distribution("prior", values)
+                q, p = site.distribution("posterior"), site.distribution("prior", values)
                 kl[site.name] = divergence(q, p, values[site.name], site.name)
         scale = max(self.model.num_data or 0, len(x)) / len(x)
         for use in self.model.uses(x):

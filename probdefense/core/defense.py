@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from probdefense.core.description import describe
+from probdefense.core.description import describe, describe_as_html
 from probdefense.core.programs import Guide, Model
 from probdefense.core.registry import Call, builder
 from probdefense.core.replayed import Replayed
@@ -101,6 +101,9 @@ class Defense(nn.Module):
     def __repr__(self) -> str:
         return describe(self)
 
+    def _repr_html_(self) -> str:
+        return describe_as_html(self)
+
     @property
     def num_data(self) -> int | None:
         """Size of the training set; None if it was not given."""
@@ -128,9 +131,11 @@ class Defense(nn.Module):
 
     @property
     def input_noise(self) -> tuple[str, Tensor] | None:
-        """``"normal"`` and the standard deviation (in pixels) of centered noise on the raw input, or None.
+        r"""Family and scale (in pixels, rounded down) of centered noise on the raw input, or None.
 
-        Only a layer that everything else in the network sees the input through counts.
+        ``"normal"`` with $\sigma$, ``"laplace"`` with $\lambda$, or ``"uniform"`` on
+        $[-\lambda, \lambda]$. Only a layer that everything else in the network sees the input through
+        counts, with independent noise whose scale is neither random nor a function of the input.
         """
         return input_noise(self.net, self.sites.values())
 

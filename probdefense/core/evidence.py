@@ -262,6 +262,13 @@ def _full_size(site: Site, dim: int, batch: int) -> int:
     return max([batch if size < 0 else size for size in sizes], default=batch)
 
 
+def data_size(model: Trace, batch: int) -> int | None:
+    """The size of the data set by the plates of what is observed per example; None if nothing is."""
+    sites = random_sites(model, observed=True).values()
+    dims = [(site, batch_dim(site, site["fn"].batch_shape, batch)) for site in sites]
+    return max((_full_size(site, dim, batch) for site, dim in dims if dim is not None), default=None)
+
+
 def _size(frame: Any) -> int:
     return int(frame.size if frame.full_size is None else frame.full_size)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from probdefense.evaluation.intervals import Spread, holm, mean_spread
 from probdefense.evaluation.report import Report, Row, check_report
-from probdefense.tables import format_table
+from probdefense.tables import format_table, html_table
 from probdefense.validation import check_member
 
 COLUMNS = ("a", "b", "attack", "eps", "rule", "difference", "low", "high", "p_holm", "probability")
@@ -25,7 +25,7 @@ SAME = ("norm", "num_samples", "seed", "estimand")
 """Settings that two reports must share for their verdicts to be comparable."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Paired differences in accuracy between defenses.
 
@@ -38,6 +38,13 @@ class Comparison:
 
     rows: list[Row]
     num_seeds: int
+
+    def __repr__(self) -> str:
+        return f"Comparison on {self.rows[0]['num_examples']} examples, differences in points\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        title = "Comparison: difference in accuracy, a minus b, in points"
+        return html_table(self.rows, COLUMNS, title, notes=[self.scope])
 
     @property
     def scope(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from probdefense.evaluation.arrays import Arrays, radii_of
+from probdefense.evaluation.exports import COLUMNS, PLACE, Exports, per_image
 from probdefense.evaluation.intervals import accuracy_interval
 from probdefense.files import whole
 from probdefense.ops import reach
@@ -27,11 +28,9 @@ Row = dict[str, Any]
 SEAL = "report.json"
 """Under this name the saved arrays hold the hash of themselves and of the rows that they belong to."""
 
-COLUMNS = ("defense", "attack", "eps", "rule", "accuracy", "low", "high", "attack_samples", "gradients")
-
 
 @dataclass(repr=False)
-class Report:
+class Report(Exports):
     """Robust accuracy by defense, attack, radius and rule.
 
     Attributes:
@@ -115,6 +114,16 @@ class Report:
             self.timing | other.timing,
         )
 
+    def __radd__(self, other: Any) -> Report:
+        """``sum(reports)`` begins with 0.
+
+        Raises:
+            TypeError: anything else than a report or 0.
+        """
+        if isinstance(other, int) and other == 0:
+            return self
+        raise TypeError(f"expected a Report to add, got {type(other).__name__}; evaluate makes one")
+
     @staticmethod
     def merge(reports: Sequence[Report]) -> Report:
         """The report of a whole evaluation from those of its shards, byte for byte.
@@ -136,7 +145,9 @@ class Report:
         """
         if isinstance(reports, Report):
             raise TypeError("expected several reports to merge, got one Report; give [report, ...]")
-        reports = [check_kind("reports", each, Report, "evaluate makes one") for each in reports]
+        reports = list(reports)
+        for each in reports:
+            check_kind("reports", each, Report, "evaluate makes one")
         if not reports:
             raise ValueError("expected at least one report to merge, got none; evaluate makes them")
         first = reports[0]
@@ -162,11 +173,6 @@ class Report:
         ]
         timing = {name: sum(report.timing[name] for report in reports) for name in first.timing}
         return Report(rows, first.settings, arrays, timing)
-
-    @property
-    def defenses(self) -> list[str]:
-        """The names of the defenses, in the order of the rows."""
-        return list(dict.fromkeys(row["defense"] for row in self.rows))
 
     def only(self, defense: str) -> Report:
         """What concerns one defense.
@@ -228,7 +234,7 @@ class Report:
 
     def table(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as aligned text, accuracies and intervals in percent."""
-        return format_table(self.rows, columns)
+        return format_table(per_image(self.rows), columns)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``arrays.npz``, ``timing.json`` and ``report.json`` into a folder, made if needed.
@@ -337,7 +343,7 @@ def proportion(correct: np.ndarray, draws: str = "none", estimand: str = "popula
 
 def _place(row: Row) -> tuple[Any, ...]:
     """What names a number."""
-    return tuple(row.get(name) for name in ("defense", "attack", "eps", "rule"))
+    return tuple(row.get(name) for name in PLACE)
 
 
 def _sealed(text: str, arrays: Arrays) -> np.ndarray:

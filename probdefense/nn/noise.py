@@ -63,7 +63,7 @@ class Noise(nn.Module):
             )
         if not isinstance(when, str) or when not in ("always", "train", "test"):
             raise ValueError(f"expected when to be 'always', 'train' or 'test', got {when!r}; choose one")
-        if family is not None and family.support.is_discrete:
+        if family is not None and getattr(family.support, "is_discrete", False):
             raise ValueError(
                 f"expected a continuous family, got {type(family).__name__}: noise is x + scale * eps or "
                 "x * (1 + scale * eps), which is no mask; take probdefense.nn.MaskedDropout(rate) for one"

@@ -15,6 +15,7 @@ from probdefense.logits.rules import mean_prob
 from probdefense.ops import entropy
 from probdefense.prediction.sequential import settle
 from probdefense.rng import forked
+from probdefense.tables import html_table
 from probdefense.types import Inputs, Logits, LogitsFn
 from probdefense.validation import check_answer, check_count, check_inputs, check_seed, check_share
 
@@ -44,6 +45,15 @@ class Prediction:
         return (
             f"Prediction of {size}, {draws:g} draws: {numbers} nats (means), "
             f"settled {100 * float(self.settled.float().mean()):.0f} %"
+        )
+
+    def _repr_html_(self) -> str:
+        numbers = ("label", "predictive_entropy", "expected_entropy", "mutual_information")
+        columns = {name: getattr(self, name).tolist() for name in numbers}
+        columns["probability"] = self.probs.max(-1).values.tolist()
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return html_table(
+            rows, ("label", "probability", *numbers[1:]), repr(self), notes=["entropies in nats"]
         )
 
     @property

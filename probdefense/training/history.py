@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from probdefense.processes import Processes
+from probdefense.tables import format_table, html_table
 from probdefense.types import Labels, Step
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """What training saw, one number per epoch, averaged over its examples.
 
@@ -35,6 +36,28 @@ class History:
     learning_rate: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        if not self.loss:
+            return "History of no epoch"
+        lists = [getattr(self, name) for name in ("loss", "accuracy")]
+        loss, accuracy = (f"{values[0]:.4g} to {values[-1]:.4g}" for values in lists)
+        about = f"History of {len(self.loss)} epochs: loss {loss} nats, accuracy {accuracy}"
+        return f"{about}, {sum(self.seconds):.3g} seconds\n{format_table(self._rows, self._columns)}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows, self._columns, f"History of {len(self.loss)} epochs", percent=())
+
+    @property
+    def _columns(self) -> list[str]:
+        return ["epoch", *(name for name, values in vars(self).items() if values)]
+
+    @property
+    def _rows(self) -> list[dict[str, Any]]:
+        """One per epoch; lists that are shorter stand at the last epochs."""
+        count = len(self.loss)
+        lists = {name: [None] * (count - len(values)) + values for name, values in vars(self).items()}
+        return [{"epoch": k + 1} | {name: values[k] for name, values in lists.items()} for k in range(count)]
 
 
 @dataclass

@@ -40,13 +40,13 @@ def test_a_mixture_of_two_runs_is_refused(tmp_path, old):
 
 
 def test_a_save_that_is_cut_short_is_found_and_leaves_no_scraps(tmp_path, monkeypatch):
+    longer, dumps = report(count=7), json.dumps
     report(count=6).save(tmp_path)
-    dumps = json.dumps
     monkeypatch.setattr(
         np, "savez_compressed", lambda *args, **arrays: (_ for _ in ()).throw(OSError("full"))
     )
     with pytest.raises(OSError, match="full"):
-        report(count=7).save(tmp_path)
+        longer.save(tmp_path)
     monkeypatch.undo()
     assert len(pd.Report.load(tmp_path).arrays["labels/defense"]) == 6  # the old set is still whole
 
@@ -57,7 +57,7 @@ def test_a_save_that_is_cut_short_is_found_and_leaves_no_scraps(tmp_path, monkey
 
     monkeypatch.setattr(json, "dumps", dies_at_the_timing)
     with pytest.raises(KeyboardInterrupt):
-        report(count=7).save(tmp_path)
+        longer.save(tmp_path)
     monkeypatch.undo()
     assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(ValueError, match="evaluate and save again"):

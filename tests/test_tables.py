@@ -1,0 +1,36 @@
+"""Rows as text, HTML, Markdown and LaTeX."""
+
+from probdefense.tables import MOST, html_table, latex_table, markdown_table
+
+ROWS = [{"name": "a|b_c", "accuracy": 0.125, "eps": 0.1}, {"name": "<x> 50 %", "accuracy": None, "eps": 2}]
+NAMES = ("name", "accuracy", "eps")
+
+
+def test_html_is_escaped_and_cut():
+    text = html_table(ROWS, NAMES, "a & b", notes=["x < y"])
+    assert "<p><b>a &amp; b</b></p>" in text and "&lt;x&gt; 50 %" in text and "<p>x &lt; y</p>" in text
+    assert "<td>12.5</td><td>0.1</td>" in text and "<td>-</td><td>2</td>" in text
+    many = html_table([{"k": k} for k in range(MOST + 5)], ["k"])
+    assert many.count("<tr>") == MOST + 1 and "5 rows more" in many
+
+
+def test_markdown_by_hand():
+    assert markdown_table(ROWS, NAMES).splitlines() == [
+        "| name | accuracy | eps |",
+        "| --- | --- | --- |",
+        r"| a\|b_c | 12.5 | 0.1 |",
+        "| <x> 50 % | - | 2 |",
+    ]
+
+
+def test_latex_by_hand():
+    assert latex_table(ROWS, NAMES).splitlines() == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"name & accuracy & eps \\",
+        r"\midrule",
+        r"a|b\_c & 12.5 & 0.1 \\",
+        r"<x> 50 \% & - & 2 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]

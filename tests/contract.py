@@ -16,8 +16,10 @@ from probdefense.objectives import (
     distilled,
     elbo,
     gaussian_augmented,
+    harmonic,
     mixed,
     multi_sample,
+    rewarded,
     trades,
     warm_up,
 )
@@ -31,6 +33,13 @@ def by_kind(name: str, tensor: torch.Tensor) -> type:
     return dist.Laplace if name.endswith("bias") else MultiplicativeLogNormal
 
 
+def around(net: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Samples of the layers but the first, whose mean is the network."""
+    state = {n: v for n, v in net.state_dict().items() if n[0] in "247" and v.is_floating_point()}
+    away = {n: 0.3 * v.abs() for n, v in state.items()}
+    return [{n: v + sign * away[n] for n, v in state.items()} for sign in (1, -1)]
+
+
 BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "deterministic": lambda net: pd.deterministic(net, num_data=N),
     "rse": partial(pd.defenses.rse, num_data=N),
@@ -42,13 +51,24 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
         pd.defenses.rse, num_data=N, scale="learned", covariance="full", before_linear=True, init_at="conv"
     ),
     "rse of low rank": partial(pd.defenses.rse, num_data=N, scale="learned", covariance="low_rank"),
+    "rse after blocks": partial(
+        pd.defenses.rse, num_data=N, after="block", where=lambda path, _: path in ("3", "5")
+    ),
+    "wca": partial(pd.defenses.wca, num_data=N),
+    "wca on bayesian": lambda net: pd.defenses.wca(pd.defenses.bayesian(net, num_data=N)),
+    "conditional_noise": partial(pd.defenses.conditional_noise, num_data=N),
+    "conditional_noise on rse": lambda net: pd.defenses.conditional_noise(
+        pd.defenses.rse(net), "4", num_data=N
+    ),
     "rse everywhere": partial(pd.defenses.rse, num_data=N, before_linear=True, init_at="conv"),
     "bayesian": partial(pd.defenses.bayesian, num_data=N),
     "bayesian of low rank": partial(pd.defenses.bayesian, num_data=N, rank=2),
     "bayesian below a ceiling": partial(
         pd.defenses.bayesian, num_data=N, floor=0.01, init_scale=0.05, ceiling=0.1
     ),
-    "bayesian of learned prior": partial(pd.defenses.bayesian, num_data=N, prior=pd.priors.learned_scale(0.5)),
+    "bayesian of learned prior": partial(
+        pd.defenses.bayesian, num_data=N, prior=pd.priors.learned_scale(0.5)
+    ),
     "bayesian of a hierarchy": partial(
         pd.defenses.bayesian, num_data=N, prior=pd.priors.hierarchical(dist.HalfCauchy(1.0))
     ),
@@ -73,6 +93,8 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "brelu": partial(pd.defenses.brelu, num_data=N),
     "mc_dropout": partial(pd.defenses.mc_dropout, num_data=N, rate=0.4),
     "ensemble": lambda net: pd.defenses.ensemble([net, tiny_net()], num_data=N),
+    "from_samples": lambda net: pd.defenses.from_samples(net, around(net), num_data=N),
+    "rse on from_samples": lambda net: pd.defenses.rse(pd.defenses.from_samples(net, around(net)), num_data=N),
     "rse on ensemble": lambda net: pd.defenses.rse(pd.defenses.ensemble([net, tiny_net()]), num_data=N),
 }
 
@@ -82,7 +104,7 @@ DETERMINISTIC = {"deterministic", "jump_relu", "jump_relu learned", "brelu"}
 ENSEMBLES = {"ensemble", "rse on ensemble"}
 """Several networks: names get the prefix of a member, and a Pyro program trains one member per step."""
 
-DISCRETE = {"mc_dropout", *ENSEMBLES}
+DISCRETE = {"mc_dropout", "from_samples", "rse on from_samples", *ENSEMBLES}
 """Builders with discrete sites, which Pyro's mean-field ELBO refuses."""
 
 OTHER_BASE = {name for name in BUILDERS if name.startswith("jump_relu")} | {"brelu", *ENSEMBLES}
@@ -140,6 +162,7 @@ OBJECTIVES = {
     "mixed by weight": mixed(elbo, partial(pd.attacks.fgsm, eps=0.1), weight=0.5),
     "distilled": distilled(pd.deterministic(tiny_net()), temperature=20.0),
     "gaussian_augmented": gaussian_augmented(elbo, sigma=0.1),
+    "rewarded": rewarded(elbo, harmonic(0.1, num_steps=2), reward=lambda defense, x: defense(x).std()),
     "trades": trades(partial(pd.attacks.pgd, eps=0.1, num_steps=2), beta=2.0),
 }
 

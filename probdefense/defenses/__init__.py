@@ -3,17 +3,22 @@
 from probdefense.core.families import MultiplicativeLogNormal
 from probdefense.defenses.bayesian import bayesian, signal_to_noise
 from probdefense.defenses.brelu import brelu
+from probdefense.defenses.conditional_noise import conditional_noise
 from probdefense.defenses.ensemble import ensemble
+from probdefense.defenses.from_samples import from_samples
 from probdefense.defenses.jump_relu import jump_relu, quantiles, surrogates, tune_kappa
 from probdefense.defenses.mc_dropout import mc_dropout
 from probdefense.defenses.pni import pni
 from probdefense.defenses.rse import rse
+from probdefense.defenses.wca import wca
 
 __all__ = [
     "MultiplicativeLogNormal",
     "bayesian",
     "brelu",
+    "conditional_noise",
     "ensemble",
+    "from_samples",
     "jump_relu",
     "mc_dropout",
     "pni",
@@ -22,4 +27,5 @@ __all__ = [
     "signal_to_noise",
     "surrogates",
     "tune_kappa",
+    "wca",
 ]

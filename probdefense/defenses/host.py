@@ -264,11 +264,10 @@ def device_and_dtype(net: nn.Module, sites: Iterable[Site] = ()) -> Tensor:
     return next((t.detach() for t in tensors if t.is_floating_point()), torch.zeros(()))
 
 
-def channel_axis(layer: nn.Module | None, event: torch.Size) -> int:
-    """The axis of the channels in a batch of what a layer receives: 1 of images, -1 of features."""
-    if isinstance(layer, CONVOLUTIONS):
-        return 1
-    return 1 if len(event) > 2 and not isinstance(layer, nn.Linear) else -1
+def channels_of(layer: nn.Module | None, event: torch.Size) -> tuple[int, int]:
+    """How many channels a layer receives, and their axis in a batch: 1 of images, -1 of features."""
+    images = isinstance(layer, CONVOLUTIONS) or (len(event) > 2 and not isinstance(layer, nn.Linear))
+    return (event[0], 1) if images else (event[-1], -1)
 
 
 def per_channel(layer: nn.Module, side: str = "in") -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from probdefense.core.registry import builder
 from probdefense.core.sites import NoiseSite, Site, join, layer_name
 from probdefense.defenses.host import (
     CONVOLUTIONS,
-    channel_axis,
+    channels_of,
     device_and_dtype,
     host,
     output_shapes,
@@ -147,7 +147,7 @@ def rse(
     for place in places:
         sigma = sigma_init if place.first else sigma_inner
         shape = _shape(scale_shape, place, example)
-        if covariance != "diagonal" and place.channels > 1:  # one channel has a variance only
+        if covariance != "diagonal" and place.channels[0] > 1:  # one channel has a variance only
             noise = _correlated(place, sigma, covariance == "low_rank", options)
         else:
             trained = scale == "learned"
@@ -168,14 +168,9 @@ class _Place(NamedTuple):
     first: bool
 
     @property
-    def axis(self) -> int:
-        """The axis of the channels in a batch."""
-        return channel_axis(self.host if self.side == "before" else None, self.event)
-
-    @property
-    def channels(self) -> int:
-        """How many channels there are."""
-        return self.event[self.axis - (self.axis > 0)]
+    def channels(self) -> tuple[int, int]:
+        """How many channels there are, and their axis in a batch."""
+        return channels_of(self.host if self.side == "before" else None, self.event)
 
 
 def _places(
@@ -207,8 +202,9 @@ def _places(
 
 
 def _correlated(place: _Place, sigma: float, low_rank: bool, options: Mapping[str, Any]) -> Noise:
-    rank = min(RANK, place.channels) if low_rank else None
-    return CorrelatedNoise(sigma, place.channels, axis=place.axis, rank=rank, **options)
+    channels, axis = place.channels
+    rank = min(RANK, channels) if low_rank else None
+    return CorrelatedNoise(sigma, channels, axis=axis, rank=rank, **options)
 
 
 def _insert(net: nn.Module, place: _Place, noise: nn.Module) -> str:
@@ -272,7 +268,8 @@ def _shape(scale_shape: str, place: _Place, example: Inputs | None) -> tuple[int
     if scale_shape == "scalar":
         return ()
     if scale_shape == "channel":
-        return (place.channels, *[1] * (len(place.event) - 1)) if place.axis == 1 else (place.channels,)
+        channels, axis = place.channels
+        return (channels, *[1] * (len(place.event) - 1)) if axis == 1 else (channels,)
     if example is None:
         raise ValueError(
             "expected example= with scale_shape='element', which needs the shapes of the activations, got "

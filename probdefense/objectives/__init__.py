@@ -10,17 +10,23 @@ from probdefense.objectives.augmentation import gaussian_augmented
 from probdefense.objectives.distillation import distilled
 from probdefense.objectives.elbo import Schedule, elbo, multi_sample
 from probdefense.objectives.module import LossModule
+from probdefense.objectives.rewards import alignment, entropy, harmonic, rewarded, root_scale
 from probdefense.objectives.trades import trades
 
 __all__ = [
     "LossModule",
     "Schedule",
     "adversarial",
+    "alignment",
     "distilled",
     "elbo",
+    "entropy",
     "gaussian_augmented",
+    "harmonic",
     "mixed",
     "multi_sample",
+    "rewarded",
+    "root_scale",
     "trades",
     "warm_up",
 ]

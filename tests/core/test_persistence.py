@@ -43,7 +43,7 @@ def moved(defense):
     return defense
 
 
-NO_RECORD = {"bayesian of two families"}
+NO_RECORD = {"bayesian of two families", "rse after blocks"}
 """Builders with a function among their arguments."""
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from probdefense import __version__
+from probdefense.study import cli_own
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,6 +113,10 @@ def compare(
     print("\n".join(f"wrote {out / name}" for name in written))
     if "posterior.nc" not in written:
         print("no posterior.nc: none of these defenses is random")
+
+
+for command in (cli_own.evaluate, cli_own.certify, cli_own.report):
+    app.command()(command)
 
 
 @app.command("list")

@@ -59,7 +59,7 @@ def entropy(defense: Any, x: Inputs | None = None) -> Tensor:
         >>> import probdefense as pd
         >>> net = torch.nn.Linear(4, 3)
         >>> defense = pd.defenses.rse(net, before_linear=True, scale="learned", sigma_init=1.0)
-        >>> round(float(entropy(defense)), 4)
+        >>> round(entropy(defense).item(), 4)
         1.4189
     """
     found = [scale.abs().log().add(unit).sum() for scale, unit in _scales(defense)]
@@ -87,7 +87,7 @@ def root_scale(defense: Any, x: Inputs | None = None) -> Tensor:
         >>> import probdefense as pd
         >>> net = torch.nn.Linear(4, 3)
         >>> defense = pd.defenses.rse(net, before_linear=True, scale="learned", sigma_init=0.25)
-        >>> round(float(root_scale(defense)), 4)
+        >>> round(root_scale(defense).item(), 4)
         0.5
     """
     found = [scale.abs().sqrt().sum() for scale, _ in _scales(defense)]
@@ -120,7 +120,7 @@ def alignment(defense: Any, x: Inputs | None = None) -> Tensor:
         >>> import probdefense as pd
         >>> net = torch.nn.Linear(1, 2, bias=False)
         >>> _ = torch.nn.init.constant_(net.weight, 10.0)
-        >>> round(float(alignment(pd.defenses.wca(net))), 4)  # noise of scale .1, weights of 10
+        >>> round(alignment(pd.defenses.wca(net)).item(), 4)  # noise of scale .1, weights of 10
         0.0
     """
     weights, seen, found = _weights(defense), dict(_inputs(defense, x)), []

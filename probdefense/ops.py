@@ -221,3 +221,16 @@ def reach(eps: float | Tensor, norm: Norm, size: int, dtype: torch.dtype | str) 
     """
     unit = torch.finfo(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eps
     return eps * (1 + max(1e-5, unit)) + max(1e-6, unit * size ** (1 / norm))
+
+
+def rounded_down(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Non-negative double values in another dtype, never larger than they are.
+
+    Examples:
+        >>> third = torch.tensor([1 / 3, 0.1], dtype=torch.float64)
+        >>> (third - rounded_down(third, torch.float32)).ge(0).tolist()
+        [True, True]
+    """
+    near = values.to(dtype)
+    below = torch.nextafter(near, torch.zeros_like(near))
+    return torch.where(near.double() > values, below, near)

@@ -8,10 +8,10 @@ $p_k(x) = \mathbb{E}\, h_k(x + \varepsilon)$ obeys the same bound, and no pertur
 
 $$ R = \sigma\, \Phi^{-1}(p_k(x)) $$
 
-changes the winner of infinitely many votes.
+changes the winner of infinitely many votes. So does the mean probability $\mathbb{E}_\xi\,
+\mathrm{softmax}_k f(z, \xi)$, which is a function into [0, 1] too. Other noises: see `radii`.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,29 +20,40 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from probdefense.evaluation.arrays import radii_of
-from probdefense.evaluation.examples import chunks
-from probdefense.evaluation.intervals import wilson
+from probdefense.evaluation.ballots import (
+    Ballot,
+    clopper_pearson_low,
+    counted_ballot,
+    mean_ballot,
+    raced_ballot,
+    running_bounds,
+)
+from probdefense.evaluation.examples import Chunk, chunks
+from probdefense.evaluation.intervals import resampled_interval, wilson
 from probdefense.evaluation.journal import Book
 from probdefense.evaluation.points import Spent
+from probdefense.evaluation.radii import SHAPES, certified_radius, enough, shrinking
 from probdefense.evaluation.records import Record
 from probdefense.evaluation.report import Row
+from probdefense.logits.rules import as_rule, mean_prob, vote
+from probdefense.ops import rounded_down
 from probdefense.processes import Processes
-from probdefense.progress import progress_bar
 from probdefense.rng import derive, forked
 from probdefense.tables import format_table
-from probdefense.types import Data, Inputs, Labels, LogitsFn
+from probdefense.types import Data, Inputs, Labels, Norm, Rule
 from probdefense.validation import (
-    check_answer,
     check_count,
     check_inputs,
     check_labels,
+    check_norm,
     check_positive,
     check_seed,
     check_share,
 )
+
+__all__ = ["Certificate", "certify", "clopper_pearson_low", "running_bounds", "smoothing_scale"]
 
 CHUNK_SIZE = 256
 """Examples that are certified together."""
@@ -50,11 +61,14 @@ CHUNK_SIZE = 256
 PLACE = ("certify", 0.0)
 """Where a journal keeps the votes."""
 
-VOTES_PER_LOOK = 50
-"""Votes between two looks of the sequential certificate."""
+LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Quantiles of the vote share that stand beside a curve."""
 
-ANSWERS_AT_ONCE = 2**16
-"""Images times draws whose logits are held at once."""
+RULES = {vote: "vote", mean_prob: "mean_prob"}
+"""What can be certified."""
+
+ABOUT = {"vote": "the infinite vote", "mean_prob": "the mean probability of infinitely many draws"}
+"""By rule, what a certificate is about."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +76,23 @@ class Certificate:
     """Radii around inputs in which the infinite vote does not change.
 
     It is about the winner of infinitely many joint draws at each image, each certificate false with
-    probability at most `alpha`; not about the verdict of 50 draws, of one draw, or of mean probabilities.
+    probability at most `alpha`; not about the verdict of 50 draws, of one draw, or (unless `rule` says so)
+    of mean probabilities. Radii are rounded down, and ties of logits count for no class.
 
     Attributes:
         label: The certified class, or -1 for an abstention, ``(batch,)``.
-        radius: L2, in pixels; 0 for an abstention, ``(batch,)``.
-        share: Lower confidence bound on the share of votes, ``(batch,)``.
+        radius: In `norm`, in pixels; 0 for an abstention, ``(batch,)``.
+        share: Lower confidence bound on the share of votes (or mean probability), ``(batch,)``.
         num_votes: Votes behind each certificate, ``(batch,)``.
         sigma: Scale of the input noise in pixels, the smallest where scales differ.
         alpha: The chance of a false certificate, per image.
+        norm: In which radii are measured: 1, 2 or ``inf``.
+        family: Of the input noise: ``"normal"``, ``"laplace"`` or ``"uniform"``.
+        rule: ``"vote"``, or ``"mean_prob"`` for the class of the largest mean probability.
+        unit: The radius is this many times that of noise of scale 1; `sigma` in the family's own norm.
+        observed: The share of the chosen class that was seen, $p_A$, ``(batch,)``.
+        shifts: How `observed` moves without one of ten groups of draws, ``(batch, 10)``, where examples
+            share draws; None where every example has its own.
     """
 
     label: Labels
@@ -79,13 +101,22 @@ class Certificate:
     num_votes: Tensor
     sigma: float
     alpha: float
+    norm: Norm = 2.0
+    family: str = "normal"
+    rule: str = "vote"
+    unit: float | None = None
+    observed: Tensor | None = None
+    shifts: Tensor | None = None
 
     def curve(self, y: Labels, radii: Sequence[float]) -> list[Row]:
         """Certified accuracy as a function of the radius, with 95 % intervals over images.
 
+        Where images share draws, as those of a chunk do where weights are random, intervals are about new
+        images and new draws, by leaving out a tenth of the draws at a time.
+
         Args:
             y: True classes, ``(batch,)``.
-            radii: L2, in pixels.
+            radii: In pixels, in `norm`.
 
         Returns:
             Rows with eps, accuracy, low and high.
@@ -94,18 +125,55 @@ class Certificate:
         rows = []
         for radius in radii_of(radii):
             check_positive("every radius", radius, zero=True)
-            right = int(((self.label == y) & (self.radius >= radius)).sum())
-            low, high = wilson(right, len(y))
-            rows.append({"eps": float(radius), "accuracy": right / len(y), "low": low, "high": high})
+            right = ((self.label == y) & (self.radius >= radius)).cpu().numpy()
+            low, high = self._interval(right, (self.label == y).cpu(), radius)
+            rows.append({"eps": float(radius), "accuracy": float(right.mean()), "low": low, "high": high})
         return rows
 
+    def shares(self, levels: Sequence[float] = LEVELS) -> list[Row]:
+        """How the observed share $p_A$ of the chosen class is distributed over images.
+
+        Beside a curve it shows what an average radius hides: a few images with shares next to 1 can carry
+        it (Sun et al., 2025, [Average Certified Radius is a Poor
+        Metric](https://arxiv.org/abs/2410.06895)).
+
+        Args:
+            levels: Shares of the images, in [0, 1].
+
+        Returns:
+            Rows with images (the level), observed and low (the same quantile of `share`).
+        """
+        observed = self.share if self.observed is None else self.observed
+        levels = [check_share("every level", level, ends="[]") for level in levels]
+        pairs = (np.quantile(values.cpu().double().numpy(), levels) for values in (observed, self.share))
+        return [
+            {"images": level, "observed": float(seen), "low": float(low)}
+            for level, seen, low in zip(levels, *pairs, strict=True)
+        ]
+
     def table(self, y: Labels, radii: Sequence[float]) -> str:
-        """The curve as aligned text, under what it is about."""
+        """The curve as aligned text, under what it is about and above the distribution of the shares."""
+        own = SHAPES[self.family].norm
+        away = "" if self.norm <= own else f" (the l{_name(own)} radius over a power of the number of pixels)"
         title = (
-            f"certified accuracy of the infinite vote, input noise {self.sigma:.4g} px, "
-            f"each certificate false with probability at most {self.alpha:g}"
+            f"certified accuracy of {ABOUT[self.rule]}, input noise {self.sigma:.4g} px, "
+            f"each certificate false with probability at most {self.alpha:g}; {self.family} noise, "
+            f"l{_name(self.norm)} radii{away}"
         )
-        return title + "\n" + format_table(self.curve(y, radii), ("eps", "accuracy", "low", "high"))
+        shares = ", ".join(f"{row['images']:.0%} {row['observed']:.3f}" for row in self.shares())
+        kind = "share p_A of the votes" if self.rule == "vote" else "mean probability p_A"
+        abstains = float((self.label < 0).double().mean())
+        foot = f"{kind} by quantile of images: {shares}; abstains on {abstains:.0%}"
+        columns = ("eps", "accuracy", "low", "high")
+        return "\n".join((title, format_table(self.curve(y, radii), columns), foot))
+
+    def _interval(self, right: np.ndarray, agrees: Tensor, radius: float) -> tuple[float, float]:
+        """Of a certified accuracy, over images, and over draws where images share them."""
+        if self.shifts is None:
+            return wilson(int(right.sum()), len(right))
+        moved = (self.share.cpu().double().unsqueeze(1) + self.shifts.cpu().double()).clamp(0.0, 1.0)
+        reached = certified_radius(moved, self.family, self.unit or self.sigma) >= radius
+        return resampled_interval(right, (agrees.unsqueeze(1) & (moved > 0.5) & reached).T.numpy())
 
 
 def certify(
@@ -116,6 +184,8 @@ def certify(
     n: int = 10_000,
     alpha: float = 0.001,
     target_radius: float | None = None,
+    norm: Norm | None = None,
+    rule: Rule | str = "vote",
     seed: int | None = None,
     chunk_size: int = CHUNK_SIZE,
     journal: str | os.PathLike[str] | None = None,
@@ -128,14 +198,20 @@ def certify(
     holds at all looks at once; looking 60 times at a fixed interval would give 12 times as many false
     certificates as stated. A unanimous vote certifies at most $\sigma\, \Phi^{-1}(\alpha^{1/n})$.
 
+    Laplace and uniform noise certify l1 balls, $-\lambda \log(2 (1 - \underline{p}))$ and
+    $2 \lambda (\underline{p} - 1/2)$; in other norms a radius is that of the largest ball within. The mean
+    probability is bounded by betting (`ballots.mean_low`), as shares of votes are not what it averages.
+
     Args:
-        defense: A `Defense` with normal noise on its raw input.
+        defense: A `Defense` with normal, Laplace or uniform noise on its raw input.
         data: ``x`` of shape ``(batch, *event)`` in [0, 1]; or ``(x, y)``, a data set or a loader, whose
             labels are not looked at.
         n0: Votes that choose the class.
         n: Votes that bound its share.
         alpha: The chance of a false certificate, per image.
-        target_radius: L2, in pixels: a radius that is enough.
+        target_radius: In pixels, in `norm`: a radius that is enough.
+        norm: 1, 2 or ``inf``; the noise's own by default: 2 for normal noise, 1 for the others.
+        rule: ``"vote"``, or ``"mean_prob"`` for the class of the largest mean probability.
         seed: Of the votes; torch's global state by default.
         chunk_size: Examples that share their votes' noise of weights; one chunk is in memory at a time.
         journal: A folder in which every finished chunk is kept; a rerun with the same seed goes on there.
@@ -146,19 +222,20 @@ def certify(
 
     Raises:
         TypeError: not a `Defense`, or data in another form.
-        ValueError: no normal noise on the raw input, or settings out of range.
+        ValueError: no such noise on the raw input, draws that are not independent, or settings out of range.
 
     References:
         Cohen et al., 2019, [Certified Adversarial Robustness via Randomized
-        Smoothing](https://arxiv.org/abs/1902.02918); Robbins, 1970, [Statistical Methods Related to
+        Smoothing](https://arxiv.org/abs/1902.02918); Yang et al., 2020, [Randomized Smoothing of All
+        Shapes and Sizes](https://arxiv.org/abs/2002.08118); Robbins, 1970, [Statistical Methods Related to
         the Law of the Iterated Logarithm](https://doi.org/10.1214/aoms/1177696786)
 
     Examples:
         >>> import probdefense as pd
         >>> defense = pd.defenses.rse(pd.models.small_cnn(), sigma_init=0.25)
         >>> certificate = certify(defense, torch.rand(2, 1, 8, 8), n0=10, n=100)
-        >>> certificate.radius.shape, certificate.sigma
-        (torch.Size([2]), 0.25)
+        >>> certificate.radius.shape, certificate.sigma, certificate.norm
+        (torch.Size([2]), 0.25, 2.0)
     """
     n0, n, alpha = check_count("n0", n0), check_count("n", n), check_share("alpha", alpha)
     seed = None if seed is None else check_seed(seed)
@@ -166,30 +243,72 @@ def certify(
         target_radius = check_positive("target_radius", target_radius)
     if journal is not None and seed is None:
         raise ValueError("expected seed= beside journal=, got none; a rerun has to draw the same votes")
-    sigma = smoothing_scale(defense)
+    about = _about(rule)
+    family, sigma = smoothing_noise(defense)
+    norm = SHAPES[family].norm if norm is None else check_norm(norm)
+    _refuse_rounds(defense, about, target_radius)
     processes = Processes(fabric)
     key = processes.from_first(int(torch.randint(2**62, ()))) if seed is None else derive(seed, "certify")
-    asked = {"certify": [n0, n, alpha, target_radius], "seed": seed, "chunk_size": chunk_size}
+    asked = {"certify": [n0, n, alpha, target_radius, norm, about], "seed": seed, "chunk_size": chunk_size}
     book = Book.opened(journal, processes, asked, defense, {})
-    device, dtype = torch.device("cpu"), torch.float32
+    like, unit = torch.zeros(()), sigma
     for chunk in chunks(_labelled(data), chunk_size):
         chunk = chunk.on(processes.device)
-        device, dtype = chunk.x.device, chunk.x.dtype
+        like, unit = chunk.x.new_zeros(()), sigma * shrinking(family, norm, chunk.x[0].numel())
         if book.takes(chunk) and not book.has(PLACE, chunk):
-            with torch.no_grad(), forked(derive(key, chunk.number), device):
-                chosen, share, spent = _bounded(defense, chunk.x, n0, n, alpha, target_radius, sigma)
-            arrays = {"chosen": chosen.cpu().numpy(), "share": share, "num_votes": spent}
-            book.write(PLACE, chunk, Record(arrays, n, Spent()))
+            target = None if target_radius is None else enough(target_radius, family, unit)
+            with torch.no_grad(), forked(derive(key, chunk.number), like.device):
+                ballot = _ballot(defense, chunk, (n0, n, alpha), about, target)
+            book.write(PLACE, chunk, Record(ballot._asdict(), n, Spent()))
     found = {name: torch.as_tensor(array) for name, array in book.joined()[PLACE].arrays.items()}
-    certain, low = found["chosen"].where(found["share"] > 0.5, -1), found["share"]
-    return Certificate(
-        label=certain.to(device),
-        radius=(sigma * torch.special.ndtri(low.clamp_min(0.5))).to(device, dtype),
-        share=low.to(device, dtype),
-        num_votes=found["num_votes"].to(device),
-        sigma=sigma,
-        alpha=alpha,
+    shared = getattr(defense, "shares_draws", True)
+    return _certificate(
+        found, like, unit, shared, sigma=sigma, alpha=alpha, norm=norm, family=family, rule=about
     )
+
+
+def _ballot(
+    defense: Any, chunk: Chunk, counts: tuple[int, int, float], rule: str, target: float | None
+) -> Ballot:
+    """The draws of one chunk."""
+    if rule == "mean_prob":
+        return mean_ballot(defense, chunk.x, *counts)
+    if target is None:
+        return counted_ballot(defense, chunk.x, *counts)
+    return raced_ballot(defense, chunk.x, *counts, target)
+
+
+def _certificate(
+    found: dict[str, Tensor], like: Tensor, unit: float, shared: bool, **about: Any
+) -> Certificate:
+    """What all chunks found, on the device and in the precision of the inputs, rounded down."""
+    certain = found["chosen"].where(found["share"] > 0.5, -1)
+    radius = certified_radius(found["share"], about["family"], unit).where(certain >= 0, 0.0)
+    return Certificate(
+        label=certain.to(like.device),
+        radius=rounded_down(radius, like.dtype).to(like.device),
+        share=rounded_down(found["share"], like.dtype).to(like.device),
+        num_votes=found["num_votes"].to(like.device),
+        unit=unit,
+        observed=found["observed"].to(like.device, like.dtype),
+        shifts=found["shifts"].to(like.device, like.dtype) if shared else None,
+        **about,
+    )
+
+
+def _about(rule: Any) -> str:
+    """The name of the rule that is certified.
+
+    Raises:
+        ValueError: another rule.
+    """
+    name = RULES.get(as_rule(rule))
+    if name is None:
+        raise ValueError(
+            f"expected rule 'vote' or 'mean_prob', got {getattr(rule, '__name__', rule)!r}; no other rule "
+            "has a certificate"
+        )
+    return name
 
 
 def _labelled(data: Any) -> Any:
@@ -200,20 +319,8 @@ def _labelled(data: Any) -> Any:
     return data
 
 
-def _bounded(
-    defense: Any, x: Inputs, n0: int, n: int, alpha: float, target_radius: float | None, sigma: float
-) -> tuple[Labels, np.ndarray, np.ndarray]:
-    """The chosen class, a lower bound of its share and the votes spent, of every example of a chunk."""
-    chosen = _votes(defense, x, n0).argmax(-1)
-    if target_radius is None:
-        wins = _wins(defense, x, chosen, n)
-        return chosen, clopper_pearson_low(wins, n, alpha), np.full(len(x), n)
-    enough = float(torch.special.ndtr(torch.tensor(target_radius / sigma, dtype=torch.float64)))
-    return chosen, *_race(defense, x, chosen, n, alpha, enough)
-
-
-def smoothing_scale(defense: Any) -> float:
-    """The scale of the noise that a certificate may count on, in pixels; the smallest of several.
+def smoothing_noise(defense: Any) -> tuple[str, float]:
+    """Family and scale of the noise that a certificate may count on, in pixels; the smallest of several.
 
     Raises:
         TypeError: not a `Defense`.
@@ -224,115 +331,52 @@ def smoothing_scale(defense: Any) -> float:
             f"expected a Defense, which knows its input noise, got {type(defense).__name__}; make one with "
             "probdefense.defenses.rse(net, sigma_init=0.25)"
         )
-    noise = defense.input_noise
+    noise = None if hasattr(defense, "respond") else defense.input_noise
     if noise is None:
         raise ValueError(
-            "no certificate: the defense has no additive noise on its raw pixels, normal and around zero, "
-            "that everything else sees them through. Noise of another family or behind a layer does not "
-            "count (behind a normalization its scale is not in pixels), nor does noise in training only, and "
-            "a defense that adapts to its inputs has none; put it first, as in "
-            "probdefense.defenses.rse(net, sigma_init=0.25)"
+            "no certificate: the defense has no additive noise on its raw pixels, normal, Laplace or uniform "
+            "and around zero, that everything else sees them through. Noise of another family or behind a "
+            "layer does not count (behind a normalization its scale is not in pixels), nor does noise in "
+            "training only or of a scale that is random or depends on the input, and a defense that adapts "
+            "to its inputs has none; put it first, as in probdefense.defenses.rse(net, sigma_init=0.25)"
         )
     family, scale = noise
-    if family != "normal":
+    if family not in SHAPES:
         raise ValueError(
-            f"no certificate: the input noise is {family}, the bound holds for normal noise; leave family out"
+            f"no certificate: the input noise is {family}, bounds are known for {', '.join(SHAPES)} noise; "
+            "leave family out"
         )
     smallest = float(scale.min())
     if smallest <= 0:
         raise ValueError("no certificate: the input noise has scale 0 on some pixels; give it a floor")
-    return smallest
+    return family, smallest
 
 
-def clopper_pearson_low(wins: np.ndarray, trials: int, alpha: float) -> np.ndarray:
-    """Exact lower confidence bound on a share after a fixed number of trials, one-sided.
+def smoothing_scale(defense: Any) -> float:
+    """The scale of the noise that a certificate may count on, see `smoothing_noise`."""
+    return smoothing_noise(defense)[1]
 
-    References:
-        Clopper and Pearson, 1934, [The Use of Confidence or Fiducial Limits Illustrated in the Case of
-        the Binomial](https://doi.org/10.1093/biomet/26.4.404)
 
-    Examples:
-        >>> float(clopper_pearson_low(np.array([100]), 100, 0.001).round(4)[0])
-        0.9333
+def _refuse_rounds(defense: Any, rule: str, target_radius: float | None) -> None:
+    """Refuses draws whose bounds would count them as independent when they are not.
+
+    Raises:
+        ValueError: antithetic pairs; rounds through members where votes are looked at as they come, or where
+            probabilities are averaged.
     """
-    from scipy.special import betaincinv
-
-    return np.where(wins == 0, 0.0, betaincinv(np.maximum(wins, 1), trials - wins + 1, alpha))
-
-
-def running_bounds(wins: np.ndarray, trials: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    r"""A confidence sequence for a share: bounds that hold at every number of trials at once.
-
-    The shares $p$ at which the mixture $B(w + 1, t - w + 1) / (p^w (1 - p)^{t - w})$, a martingale if
-    $p$ is the true one, has not reached $1 / \alpha$.
-
-    Args:
-        wins: $w$, ``(batch,)``.
-        trials: $t$, ``(batch,)``.
-        alpha: The chance that the true share is ever outside.
-
-    Returns:
-        ``(low, high)``.
-
-    Examples:
-        >>> low, high = running_bounds(np.array([90]), np.array([100]), 0.05)
-        >>> low.round(3), high.round(3)
-        (array([0.772]), array([0.971]))
-    """
-    from scipy import special
-
-    limit = special.betaln(wins + 1, trials - wins + 1) + math.log(alpha)
-
-    def outside(share: np.ndarray) -> np.ndarray:
-        return limit > special.xlogy(wins, share) + special.xlog1py(trials - wins, -share)
-
-    center = wins / np.maximum(trials, 1)
-    bounds = []
-    for edge in (np.zeros_like(center), np.ones_like(center)):
-        out, inside = edge, center
-        for _ in range(50):
-            middle = (out + inside) / 2
-            beyond = outside(middle)
-            out, inside = np.where(beyond, middle, out), np.where(beyond, inside, middle)
-        bounds.append(out)
-    return bounds[0], bounds[1]
+    if getattr(defense, "draws", "independent") != "independent":
+        raise ValueError(
+            "no certificate: expected independent draws, got antithetic pairs, whose votes depend on each "
+            "other; give the Defense itself"
+        )
+    sites = getattr(defense, "sites", {}).values()
+    members = max((getattr(site, "count", 1) for site in sites), default=1)
+    if members > 1 and (target_radius is not None or rule != "vote"):
+        raise ValueError(
+            "no certificate: draws of an ensemble go in rounds through its members, so they are not "
+            "independent, and only a fixed number of votes has a bound; leave target_radius and rule out"
+        )
 
 
-def _race(
-    defense: LogitsFn, x: Inputs, chosen: Labels, n: int, alpha: float, enough: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lower bounds and votes spent, when every image stops once `enough` is certain or out of reach."""
-    wins, spent, share = (np.zeros(len(x)) for _ in range(3))
-    running = np.arange(len(x))
-    with progress_bar("certify", math.ceil(n / VOTES_PER_LOOK)) as advance:
-        for start in range(0, n, VOTES_PER_LOOK):
-            rows = torch.as_tensor(running, device=x.device)
-            count = min(VOTES_PER_LOOK, n - start)
-            wins[running] += _wins(defense, x[rows], chosen[rows], count)
-            spent[running] += count
-            low, high = running_bounds(wins[running], spent[running], alpha)
-            share[running] = np.maximum(share[running], low)
-            running = running[(low < enough) & (high > enough)]
-            advance()
-            if len(running) == 0:
-                break
-    return share, spent.astype(np.int64)
-
-
-def _wins(defense: LogitsFn, x: Inputs, chosen: Labels, count: int) -> np.ndarray:
-    """How many of `count` votes go to the chosen class, ``(batch,)``."""
-    votes = _votes(defense, x, count).gather(1, chosen.unsqueeze(1)).squeeze(1)
-    return votes.cpu().numpy().astype(np.float64)
-
-
-def _votes(defense: LogitsFn, x: Inputs, count: int) -> Tensor:
-    """Votes of `count` joint draws, ``(batch, classes)``; a tie of logits goes to the first class."""
-    at_once = max(1, ANSWERS_AT_ONCE // len(x))
-    total: Tensor | int = 0
-    with progress_bar("certify", math.ceil(count / at_once)) as advance:
-        for start in range(0, count, at_once):
-            answer = defense(x, min(at_once, count - start))
-            logits = check_answer(answer, len(x), "the votes of a certificate")
-            total = total + one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
-            advance()
-    return torch.as_tensor(total)
+def _name(norm: Norm) -> str:
+    return f"{norm:g}" if norm < float("inf") else "-inf"

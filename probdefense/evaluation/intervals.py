@@ -103,6 +103,40 @@ def accuracy_interval(
     return wilson(share * trials, trials, confidence, spread.dof)
 
 
+def resampled_interval(
+    right: np.ndarray, without: np.ndarray, confidence: float = 0.95
+) -> tuple[float, float]:
+    r"""Interval for an accuracy whose examples share draws, over new examples and new draws, by jackknife.
+
+    Verdicts $v_i$ were taken again without each of $B$ blocks of draws. What the accuracy moves by beyond
+    what the examples would each on their own is the part of the shared draws,
+
+    $$ \frac{B - 1}{B} \sum_b \Big[ (\bar v^{(-b)} - \bar v^{(-\cdot)})^2
+       - \frac{1}{n^2} \sum_i (v_i^{(-b)} - v_i^{(-\cdot)})^2 \Big] $$
+
+    and adds to $\bar v (1 - \bar v) / n$; Wilson's interval gets the number of trials with that variance.
+
+    Args:
+        right: Verdicts with all draws, ``(batch,)``.
+        without: Verdicts without each block, ``(blocks, batch)``.
+        confidence: Coverage.
+
+    References:
+        Efron and Stein, 1981, [The Jackknife Estimate of
+        Variance](https://doi.org/10.1214/aos/1176345462)
+    """
+    share, (blocks, examples) = float(right.mean()), without.shape
+    if not 0 < share < 1:
+        return wilson(share * examples, examples, confidence)
+    moved = without - without.mean(0)
+    jointly, alone = np.square(moved.mean(1)).sum(), np.square(moved).sum() / examples**2
+    shared = max(0.0, float(jointly - alone)) * (blocks - 1) / blocks
+    own = share * (1 - share) / examples
+    dof = (own + shared) ** 2 / max(shared**2 / (blocks - 1), own**2 / 1e9)
+    trials = max(1.0, share * (1 - share) / (own + shared))
+    return wilson(share * trials, trials, confidence, dof)
+
+
 class Spread(NamedTuple):
     """Variance of a mean, and the degrees of freedom with which it is known."""
 

@@ -11,7 +11,9 @@ import probdefense as pd
 from probdefense.attacks import apgd, arc, bpda, fgsm, fmn, pgd, square, substitute, suite, transfer
 from probdefense.attacks.suite import _nearest
 from probdefense.attacks.tools.gradient import climb, input_gradient
+from probdefense.attacks.tools.selection import SELECTION_DRAWS, remaining_margin
 from probdefense.defenses.jump_relu import surrogates
+from probdefense.logits.adapters import counted
 from probdefense.logits.losses import margin
 from probdefense.prediction.drawing import draw_keyed
 from tests.contract import defended
@@ -238,3 +240,11 @@ def test_points_nearest_to_the_boundary_go_on_to_the_sphere(digits_net):
     length = (far - x).flatten(1).norm(dim=1)
     assert float(length.max()) <= eps * (1 + 1e-5) and float(length.median()) > 0.99 * eps
     assert float((net(far).argmax(1) == y).float().mean()) < 0.6
+
+
+def test_points_are_compared_on_many_fresh_draws():
+    """The margin of a restart is that of a mean over 32 draws, and asks anew for every one."""
+    cost = counted(defended("rse"))
+    x, y = tiny_batch(5)
+    margins = [remaining_margin(cost, x, y, pd.rules.mean_prob) for _ in range(2)]
+    assert cost.queries == 2 * SELECTION_DRAWS * len(x) and not torch.equal(*margins)

@@ -119,9 +119,9 @@ def alignment(defense: Any, x: Inputs | None = None) -> Tensor:
     Examples:
         >>> import probdefense as pd
         >>> net = torch.nn.Linear(1, 2, bias=False)
-        >>> _ = torch.nn.init.constant_(net.weight, 10.0)
-        >>> round(alignment(pd.defenses.wca(net)).item(), 4)  # noise of scale .1, weights of 10
-        0.0
+        >>> _ = torch.nn.init.constant_(net.weight, 20.0)
+        >>> round(alignment(pd.defenses.wca(net)).item(), 4)  # noise of scale .1, weights of 20
+        2.7726
     """
     weights, seen, found = _weights(defense), dict(_inputs(defense, x)), []
     for path, host in defense.net.named_modules():

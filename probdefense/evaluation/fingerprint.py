@@ -57,7 +57,7 @@ def _write(thing: Any, say: Words, seen: list[int]) -> None:
     own = getattr(thing, "fingerprint", None)
     if isinstance(own, str):
         say(own)
-    elif thing is None or isinstance(thing, bool | int | float | str | bytes | complex):
+    elif thing is None or thing is ... or isinstance(thing, bool | int | float | str | bytes | complex):
         say(f"{type(thing).__name__} {thing!r}")
     elif isinstance(thing, Tensor | np.ndarray):
         _write_array(thing, say)

@@ -226,3 +226,9 @@ def test_killed_at_twenty_moments_the_bytes_are_the_same(tmp_path):
     assert kills == 20
     for name in ("report.json", "arrays.npz"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("loss", [pd.losses.dlr, pd.losses.margin, pd.losses.predictive_cross_entropy])
+def test_every_loss_of_ours_tells_an_attack_from_others(loss):
+    plain, other = (partial(pd.attacks.apgd, **options) for options in ({}, {"loss": loss}))
+    assert fingerprint(plain, "apgd") != fingerprint(other, "apgd")

@@ -36,8 +36,7 @@ def by_kind(name: str, tensor: torch.Tensor) -> type:
 def around(net: nn.Module) -> list[dict[str, torch.Tensor]]:
     """Samples of the layers but the first, whose mean is the network."""
     state = {n: v for n, v in net.state_dict().items() if n[0] in "247" and v.is_floating_point()}
-    away = {n: 0.3 * v.abs() for n, v in state.items()}
-    return [{n: v + sign * away[n] for n, v in state.items()} for sign in (1, -1)]
+    return [{n: v + size * v.abs() for n, v in state.items()} for size in (-0.4, -0.3, -0.2, 0.2, 0.3, 0.4)]
 
 
 BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from probdefense.analysis.fits import posterior, read_fit
+from probdefense.analysis.fits import chains_of, in_chains, posterior, read_fit
 from probdefense.core.defense import Defense
 from probdefense.evaluation.report import Report, check_report
 from probdefense.prediction.predictive import Prediction
@@ -53,7 +53,9 @@ def to_arviz(
     adversarial inputs by radius; **observed_data** and **constant_data** the labels and inputs. A latent
     of yours with one of our names keeps it, and ours becomes ``weight_scale_1``. Several defenses of one
     kind, fitted independently, become several chains, and then R-hat says whether fits agree; with one
-    fit no R-hat is claimed.
+    fit no R-hat is claimed. Samples of `from_samples` come in their order: one chain of
+    `num_samples` draws that go round, or the chains that were given, each with at most `num_samples` draws,
+    evenly spaced.
 
     Of a report: **posterior** holds draws of every accuracy from one weighted Bayesian bootstrap over
     examples and draws, so differences of rows are paired. Of a prediction: **posterior_predictive**
@@ -142,6 +144,8 @@ def _of_fits(
     weights: bool,
     seed: int,
 ) -> Any:
+    sampled = any(chains_of(defense) > 1 for defense in defenses)
+    defenses = [chain for defense in defenses for chain in in_chains(defense)]
     (x, y), seeds = data, [derive(seed, "to_arviz", chain) for chain in range(len(defenses))]
     pairs = zip(defenses, seeds, strict=True)
     fits = [read_fit(defense, x, num_samples, adversarial, weights, s) for defense, s in pairs]
@@ -170,7 +174,7 @@ def _of_fits(
     if about.values:  # apart, since a latent may have the name of anything in the other groups
         tree = _joined(from_groups({"posterior": about.values}, coords=about.coords, dims=about.dims), tree)
     tree["log_likelihood"].attrs["weights_are_random"] = int(any(fit.fitted for fit in fits))
-    tree["posterior_predictive"].attrs["chains"] = _what_chains_are(len(fits))
+    tree["posterior_predictive"].attrs["chains"] = _what_chains_are(len(fits), sampled)
     return tree
 
 
@@ -183,7 +187,9 @@ def _joined(tree: Any, other: Any) -> Any:
     return tree
 
 
-def _what_chains_are(count: int) -> str:
+def _what_chains_are(count: int, sampled: bool) -> str:
+    if sampled:
+        return f"{count} chains of given samples, in their order: R-hat and ESS compare them"
     if count == 1:
         return "one fit: its draws are independent, so R-hat and ESS say nothing about convergence"
     return f"{count} independent fits: R-hat, best read on the log-likelihood, compares them"

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from probdefense.core.defense import Defense
-from probdefense.core.families import filled
 from probdefense.core.programs import vector
 from probdefense.core.replayed import FrozenReplay
-from probdefense.core.sites import NoiseSite, ScaleSite, WeightSite, layer_name, unused
+from probdefense.core.sites import NoiseSite, SampleSite, ScaleSite, Site, WeightSite, layer_name, unused
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, LogitsFn
 
@@ -83,6 +82,29 @@ def noise_scales(defense: Defense) -> dict[str, Tensor]:
     return scales
 
 
+def chains_of(defense: Defense) -> int:
+    """Of how many chains the samples of a defense are; 0 if it is not made of samples."""
+    tables = [site.table for site in defense.sites.values() if isinstance(site, SampleSite)]
+    return max((table.chains for table in tables if table is not None), default=0)
+
+
+def in_chains(defense: Defense) -> list[Defense]:
+    """A defense of samples as one per chain, which gives them in their order; any other as it is."""
+
+    def of(site: Site, number: int) -> Site:
+        return site.chain(number) if isinstance(site, SampleSite) else site
+
+    count = chains_of(defense)
+    chains = [[of(site, number) for site in defense.sites.values()] for number in range(count)]
+    return [Defense.from_sites(defense.net, sites, defense.num_data) for sites in chains] or [defense]
+
+
+def _lengths(defense: Defense) -> list[int]:
+    """How many samples each chain has, where there are several chains: their draws are not repeated."""
+    sites = [site for site in defense.sites.values() if isinstance(site, SampleSite)]
+    return [len(site.order) for site in sites if len(site.order) < site.count]
+
+
 def read_fit(
     defense: Defense,
     x: Inputs,
@@ -93,7 +115,7 @@ def read_fit(
 ) -> Fit:
     """Draws a defense `num_samples` times, and evaluates those draws on clean and attacked inputs."""
     with torch.no_grad(), forked(derive(seed), x.device):
-        frozen = defense.freeze(num_samples)
+        frozen = defense.freeze(min([num_samples, *_lengths(defense)]))
         draws = _global_draws(defense, frozen, x)
         log_probs = _log_probs(frozen, x)
         attacked = [_log_probs(frozen, points) for points in adversarial.values()]
@@ -178,9 +200,9 @@ def _by_layer(defense: Defense, draws: dict[str, Tensor]) -> dict[str, dict[str,
     centers = {site.name: site.center() for site in defense.sites.values() if isinstance(site, ScaleSite)}
     for site in defense.sites.values():
         if isinstance(site, WeightSite) and not site.perturbs:  # exact instead of estimated from draws
-            posterior = filled(site.distribution("posterior"), (site.size,))
-            loc |= site.views(posterior.mean)
-            scale |= site.views(posterior.stddev)
+            mean, variance = site.moments()
+            loc |= site.views(mean)
+            scale |= site.views(variance.sqrt())
             with suppress(NotImplementedError):  # a transformed prior may not know its variance
                 prior |= {} if site.prior is None else site.views(vector(site, "prior", centers).stddev)
     quantities = {

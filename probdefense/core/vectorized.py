@@ -170,7 +170,8 @@ class Vectorized:
 
     @property
     def _branching(self) -> list[MemberSite]:
-        return [site for site in self.model.global_sites if isinstance(site, MemberSite)]
+        sites = [site for site in self.model.global_sites if isinstance(site, MemberSite)]
+        return [site for site in sites if site.enumerated]
 
     def _cases(self, values: Draws) -> list[Draws]:
         """The values completed by every choice of members that they leave open."""

@@ -140,8 +140,7 @@ def signal_to_noise(defense: Defense) -> dict[str, float]:
     for site in defense.sites.values():
         if not isinstance(site, WeightSite) or site.posterior is None:
             continue
-        q = site.posterior()
-        signal, noise = site.views(q.mean.detach()), site.views(q.variance.detach())
+        signal, noise = (site.views(moment.detach()) for moment in site.moments())
         for name in signal:
             sums = power.setdefault(name.rpartition(".")[0], [0.0, 0.0])
             sums[0] += float(signal[name].square().sum())

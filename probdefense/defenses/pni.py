@@ -104,7 +104,8 @@ def _on_weights(
 ) -> WeightNoiseSite:
     """One flat site for the noise of all weights, and a layer with the coefficients beside each."""
     owners = set(layers)
-    moved = {names: shape for site in sites if type(site) is WeightSite for names, shape in _shapes(site)}
+    random = [site for site in sites if isinstance(site, WeightSite) and not site.perturbs]
+    moved = {names: shape for site in random for names, shape in _shapes(site)}
     kept = {names: weight.shape for weight, names in tied_names(net).items() if weight.requires_grad}
     noisy = {
         names: shape

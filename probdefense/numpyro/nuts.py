@@ -251,8 +251,9 @@ def _at_means(defense: Defense) -> Defense:
     net, sites, num_data = host(defense, None)
     weights = [site for site in sites if isinstance(site, WeightSite) and not site.perturbs]
     for site in weights:
-        for names, value in zip(site.names, site.views(site.center()).values(), strict=True):
-            parameter = nn.Parameter(value.detach().clone())
+        filled = site.fill(site.center(), net)
+        for names in site.names:
+            parameter = nn.Parameter(filled[names[0]].detach().clone())
             for name in names:
                 owner, _, attribute = name.rpartition(".")
                 delattr(net.get_submodule(owner), attribute)

@@ -2,6 +2,7 @@
 
 from probdefense.core.sites.members import MemberSite
 from probdefense.core.sites.noise import NoiseSite, layer_name, noise_sites
+from probdefense.core.sites.samples import SampleSite
 from probdefense.core.sites.scales import ScaleSite
 from probdefense.core.sites.site import Site, join, unique_names, unused
 from probdefense.core.sites.weight_noise import WeightNoiseSite
@@ -12,6 +13,7 @@ __all__ = [
     "MemberSite",
     "NoiseSite",
     "Prior",
+    "SampleSite",
     "ScaleSite",
     "Site",
     "WeightNoiseSite",

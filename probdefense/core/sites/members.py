@@ -17,6 +17,8 @@ class MemberSite(Site):
     path: str = ""
     count: int = 1
 
+    enumerated = True  # a training step trains every member
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Rounds through all members in random order: a multiple of `count` has each equally often."""
         rounds = [torch.randperm(self.count, generator=generator) for _ in range(0, shape[0], self.count)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from probdefense.core.families import Fixed, MeanField, MultiplicativeLogNormal
+from probdefense.core.families import Fixed, MeanField, MultiplicativeLogNormal, filled
 from probdefense.core.joint import Joint, allows_all, fits, is_nested, joint_shape
 from probdefense.core.low_rank import LowRank
 from probdefense.core.priors import LayerScales
@@ -52,6 +52,11 @@ class WeightSite(Site):
             names[0]: part.reshape(leading + shape)
             for names, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every element under the posterior, ``(D,)`` each."""
+        q = filled(self.distribution("posterior"), (self.size,))
+        return q.mean, q.variance
 
     def fill(self, value: Tensor, net: nn.Module, given: Mapping[str, Tensor] = EMPTY) -> dict[str, Tensor]:
         views = self.views(value)
@@ -105,7 +110,7 @@ def flat_weights(
         sites += _with_scales(name, members, posterior, loc, used)
     for names, _ in chosen:
         for parameter_name in names:
-            _take_out(net, parameter_name)
+            take_out(net, parameter_name)
     return sites
 
 
@@ -278,7 +283,7 @@ def removed(sites: Iterable[Site]) -> dict[str, Tensor]:
     return filled
 
 
-def _take_out(net: nn.Module, name: str) -> None:
+def take_out(net: nn.Module, name: str) -> None:
     path, _, attribute = name.rpartition(".")
     owner = net.get_submodule(path)
     setattr(owner, attribute, None)

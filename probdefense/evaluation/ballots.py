@@ -143,7 +143,7 @@ def mean_low(values: np.ndarray, alpha: float) -> np.ndarray:
 
     Examples:
         >>> mean_low(np.full((1000, 1), 0.9), 0.001).round(2)
-        array([0.88])
+        array([0.89])
     """
     parts = range(0, values.shape[1], AT_ONCE)
     return np.concatenate([_by_betting(values[:, i : i + AT_ONCE].astype(float), alpha) for i in parts])

@@ -11,6 +11,7 @@ from probdefense.objectives.distillation import distilled
 from probdefense.objectives.elbo import Schedule, elbo, multi_sample
 from probdefense.objectives.module import LossModule
 from probdefense.objectives.rewards import alignment, entropy, harmonic, rewarded, root_scale
+from probdefense.objectives.smoothing import consistency, smooth_adversarial, stability
 from probdefense.objectives.trades import trades
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Schedule",
     "adversarial",
     "alignment",
+    "consistency",
     "distilled",
     "elbo",
     "entropy",
@@ -27,6 +29,8 @@ __all__ = [
     "multi_sample",
     "rewarded",
     "root_scale",
+    "smooth_adversarial",
+    "stability",
     "trades",
     "warm_up",
 ]

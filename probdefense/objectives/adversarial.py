@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from probdefense.nn.passes import statistics_kept
+from probdefense.objectives.draws import InTurn, detached
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Objective
 from probdefense.validation import (
     check_attack,
@@ -79,8 +80,7 @@ def adversarial(
         trained: Any = defense
         if same_draw:
             draws = defense.draw(x)
-            detached = {name: value.detach() for name, value in draws.items()}
-            attacked, trained = defense.at(detached), _AtDraws(defense, draws)
+            attacked, trained = defense.at(detached(draws)), InTurn(defense, [draws])
         else:
             attacked = defense.samples(num_samples)
         x_adv = attack(attacked, x, y)
@@ -194,16 +194,3 @@ class _WarmingUp:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.calls = state["calls"]
-
-
-class _AtDraws:
-    """A defense whose training forward uses given draws."""
-
-    def __init__(self, defense: Any, draws: dict[str, Tensor]):
-        self._defense, self._draws = defense, draws
-
-    def step(self, x: Inputs, y: Labels) -> Any:
-        return self._defense.step(x, y, draws=self._draws)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._defense, name)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from probdefense.core.description import describe, describe_as_html
 from probdefense.core.programs import Guide, Model
-from probdefense.core.registry import Call, builder
+from probdefense.core.registry import BUILDERS, Call, builder
 from probdefense.core.replayed import Replayed
 from probdefense.core.settings import check_settings, packed, settings_of, unpacked
 from probdefense.core.sites import Site, noise_sites
@@ -284,6 +284,11 @@ class Defense(nn.Module):
             frozen: Whether every call uses the same draws.
         """
         return Decided(self, rule, num_samples, frozen)
+
+    def rebuilt(self, builder: str, **options: Any) -> Defense:
+        """What a registered builder makes of this defense, by its name: for rooms that know no builders."""
+        made: Defense = BUILDERS[builder](self, **options)
+        return made
 
     def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameters for an optimizer: no decay on guide parameters or noise coefficients."""

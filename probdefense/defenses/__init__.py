@@ -6,6 +6,7 @@ from probdefense.defenses.brelu import brelu
 from probdefense.defenses.conditional_noise import conditional_noise
 from probdefense.defenses.ensemble import ensemble
 from probdefense.defenses.from_samples import from_samples
+from probdefense.defenses.gaussian import gaussian as gaussian
 from probdefense.defenses.jump_relu import jump_relu, quantiles, surrogates, tune_kappa
 from probdefense.defenses.mc_dropout import mc_dropout
 from probdefense.defenses.pni import pni

@@ -72,7 +72,9 @@ def fit(
         checkpoints: A folder in which the state is kept, and from which a training that was killed or
             interrupted goes on.
         callbacks: ``callback(epoch, history)`` after every epoch, counted from 0; one that returns True
-            stops training. With several processes all of them call back.
+            stops training, and one with a method ``begin(defense)`` gets the defense first. With several
+            processes all of them call back. One with ``state_dict`` and ``load_state_dict`` is part of
+            checkpoints.
         max_grad_norm: Gradients are clipped to this total L2 norm; None switches it off.
         seed: Of all that torch draws meanwhile: the model, the attack, the order of the loader. Nothing
             outside moves. By default torch's global state is used.

@@ -53,6 +53,11 @@ class Run:
     steps: int = 0
     stopped: bool = False
 
+    def __post_init__(self) -> None:
+        for callback in self.callbacks:
+            if hasattr(callback, "begin"):
+                callback.begin(self.defense)
+
     def go(self, epochs: int) -> None:
         """Trains until so many epochs are done, or something asks to stop; leaves the weights chosen."""
         while self.epoch < epochs and not self.stopped:
@@ -149,6 +154,7 @@ class Run:
             "average": {"values": self.mean.values, "count": self.mean.count},
             "best": self.watch.state(),
             "objective": [part.state_dict() for part in counters(self.descent.plan.objective)],
+            "callbacks": [part.state_dict() for part in counters(list(self.callbacks))],
             "history": asdict(self.history),
             "place": [self.epoch, self.batch, self.done, self.steps, self.stopped],
         }
@@ -186,6 +192,8 @@ class Run:
         self.watch.best, self.watch.since = found["best"]["best"], found["best"]["since"]
         self.watch.weights = found["best"]["weights"]
         for part, state in zip(counters(self.descent.plan.objective), found["objective"], strict=True):
+            part.load_state_dict(state)
+        for part, state in zip(counters(list(self.callbacks)), found.get("callbacks", ()), strict=False):
             part.load_state_dict(state)
 
 

@@ -13,6 +13,7 @@ from probdefense.defenses import MultiplicativeLogNormal
 from probdefense.logits.losses import dlr
 from probdefense.objectives import (
     adversarial,
+    consistency,
     distilled,
     elbo,
     gaussian_augmented,
@@ -20,6 +21,8 @@ from probdefense.objectives import (
     mixed,
     multi_sample,
     rewarded,
+    smooth_adversarial,
+    stability,
     trades,
     warm_up,
 )
@@ -59,6 +62,17 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "conditional_noise on rse": lambda net: pd.defenses.conditional_noise(
         pd.defenses.rse(net), "4", num_data=N
     ),
+    "random_transforms": partial(pd.defenses.random_transforms, num_data=N),
+    "random_transforms learned": lambda net: pd.defenses.random_transforms(
+        net,
+        [pd.nn.transforms.Shift(0.2, learned=True), pd.nn.transforms.Color(0.5, learned=True)],
+        count=2,
+        num_data=N,
+    ),
+    "random_transforms on bayesian": lambda net: pd.defenses.random_transforms(
+        pd.defenses.bayesian(net, num_data=N),
+        [pd.nn.transforms.Rotation(20.0), pd.nn.transforms.PixelNoise(0.1)],
+    ),
     "rse everywhere": partial(pd.defenses.rse, num_data=N, before_linear=True, init_at="conv"),
     "bayesian": partial(pd.defenses.bayesian, num_data=N),
     "bayesian of low rank": partial(pd.defenses.bayesian, num_data=N, rank=2),
@@ -93,7 +107,9 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "mc_dropout": partial(pd.defenses.mc_dropout, num_data=N, rate=0.4),
     "ensemble": lambda net: pd.defenses.ensemble([net, tiny_net()], num_data=N),
     "from_samples": lambda net: pd.defenses.from_samples(net, around(net), num_data=N),
-    "rse on from_samples": lambda net: pd.defenses.rse(pd.defenses.from_samples(net, around(net)), num_data=N),
+    "rse on from_samples": lambda net: pd.defenses.rse(
+        pd.defenses.from_samples(net, around(net)), num_data=N
+    ),
     "rse on ensemble": lambda net: pd.defenses.rse(pd.defenses.ensemble([net, tiny_net()]), num_data=N),
 }
 
@@ -163,6 +179,12 @@ OBJECTIVES = {
     "gaussian_augmented": gaussian_augmented(elbo, sigma=0.1),
     "rewarded": rewarded(elbo, harmonic(0.1, num_steps=2), reward=lambda defense, x: defense(x).std()),
     "trades": trades(partial(pd.attacks.pgd, eps=0.1, num_steps=2), beta=2.0),
+    "smooth_adversarial": smooth_adversarial(elbo, partial(pd.attacks.pgd, norm=2, eps=0.3, num_steps=2)),
+    "smooth_adversarial, consistent": smooth_adversarial(
+        consistency(elbo, 2, 5.0), partial(pd.attacks.pgd, norm=2, eps=0.3, num_steps=2)
+    ),
+    "consistency": consistency(elbo, num_samples=2, weight=5.0),
+    "stability": stability(elbo, sigma=0.1, weight=2.0),
 }
 
 

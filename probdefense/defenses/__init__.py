@@ -10,6 +10,7 @@ from probdefense.defenses.gaussian import gaussian as gaussian
 from probdefense.defenses.jump_relu import jump_relu, quantiles, surrogates, tune_kappa
 from probdefense.defenses.mc_dropout import mc_dropout
 from probdefense.defenses.pni import pni
+from probdefense.defenses.random_transforms import random_transforms
 from probdefense.defenses.rse import rse
 from probdefense.defenses.wca import wca
 
@@ -24,6 +25,7 @@ __all__ = [
     "mc_dropout",
     "pni",
     "quantiles",
+    "random_transforms",
     "rse",
     "signal_to_noise",
     "surrogates",

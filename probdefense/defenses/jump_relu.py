@@ -177,30 +177,36 @@ def tune_kappa(
 
 
 def surrogates(defense: Defense, width: float = 0.25) -> dict[str, Callable[[Tensor], Tensor]]:
-    r"""What to differentiate in place of every jump, for an attack by BPDA.
+    r"""What to differentiate in place of every jump and every rounding, for an attack by BPDA.
 
     The forward pass keeps the jump; the backward pass is that of $z\, s((z - \kappa) / \tau)$, which
-    reaches the units below the threshold. Attack inside ``with bpda(defense, surrogates(defense)):``.
+    reaches the units below the threshold, or what a layer declares as its ``surrogate``: the identity, of
+    rounding in `random_transforms`. Attack inside ``with bpda(defense, surrogates(defense)):``.
 
     Args:
-        defense: A defense with `JumpReLU` layers.
+        defense: A defense with `JumpReLU` layers, or with transforms that round.
         width: $\tau / \kappa$.
 
     Returns:
         A smooth function by name of the layer in the defense.
 
     Raises:
-        ValueError: no `JumpReLU` in the defense.
+        ValueError: neither in the defense.
 
     Examples:
         >>> import probdefense as pd
         >>> list(surrogates(jump_relu(pd.models.small_cnn(), kappa=0.5)))
         ['model.net.1.jump', 'model.net.3.jump', 'model.net.7.jump']
     """
-    jumps = {name: module for name, module in defense.named_modules() if isinstance(module, JumpReLU)}
-    if not jumps:
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, module in defense.named_modules():
+        if isinstance(module, JumpReLU):
+            found[name] = smoothed_jump(module.kappa, width)
+        elif callable(declared := getattr(module, "surrogate", None)):
+            found[name] = declared
+    if not found:
         raise ValueError("expected layers of JumpReLU, found no JumpReLU; make them with jump_relu(net, ...)")
-    return {name: smoothed_jump(jump.kappa, width) for name, jump in jumps.items()}
+    return found
 
 
 def _pairs(validation: Any) -> list[tuple[Inputs, Labels]]:

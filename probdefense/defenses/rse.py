@@ -28,7 +28,7 @@ from probdefense.defenses.host import (
 )
 from probdefense.nn.correlated_noise import CorrelatedNoise
 from probdefense.nn.noise import Noise
-from probdefense.nn.placeholder import Placeholder, placeholders
+from probdefense.nn.placeholder import placeholders
 from probdefense.nn.surgery import insert_after, insert_at_input, insert_before, matching
 from probdefense.types import Inputs
 from probdefense.validation import check_function, check_kind, check_member, check_positive

@@ -1,5 +1,6 @@
 """Layers of a defended network, and the surgery that puts them into a trained one."""
 
+from probdefense.nn import transforms
 from probdefense.nn.brelu import BReLU
 from probdefense.nn.conditional_noise import ConditionalNoise
 from probdefense.nn.correlated_noise import CorrelatedNoise
@@ -22,4 +23,5 @@ __all__ = [
     "RelativeNoise",
     "TwoLogits",
     "smoothed_jump",
+    "transforms",
 ]

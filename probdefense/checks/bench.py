@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probdefense.attacks.pgd import pgd
+from probdefense.attacks.apgd import apgd
+from probdefense.checks.refusals import Tally
 from probdefense.evaluation.comparison import paired
 from probdefense.logits.adapters import Samples
 from probdefense.logits.rules import verdicts
@@ -49,6 +50,7 @@ class Bench:
     num_samples: int
     num_verdict: int
     seed: int
+    tally: Tally = field(default_factory=Tally)
     known: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -78,12 +80,12 @@ class Bench:
             return self.logits_fn(self.x[:1]).shape[-1]
 
     @property
-    def one_draw(self) -> dict[str, int]:
+    def one_draw(self) -> dict[str, Any]:
         """The same gradients at one draw per step."""
         restarts = max(1, self.num_gradients // STEPS)
         return {"draws": 1, "restarts": restarts, "steps": self.num_gradients // restarts}
 
-    def budget(self, more: int) -> dict[str, int]:
+    def budget(self, more: int) -> dict[str, Any]:
         """A multiple of the budget: more steps, and more draws (restarts where nothing is random)."""
         wider = math.isqrt(more)
         draws, restarts = (wider, 1) if self.draws > 1 else (1, wider)
@@ -118,15 +120,16 @@ class Bench:
         steps: int | None = None,
         restarts: int | None = None,
         draws: int | None = None,
+        loss: LossFn | None = None,
         logits_fn: Any = None,
     ) -> np.ndarray:
-        """Verdicts after projected gradient ascent: the attack that is checked, or a variation of it."""
+        """Verdicts after Auto-PGD: the attack that is checked, or a variation of it."""
         ascent = partial(
-            pgd,
+            apgd,
             eps=self.eps if eps is None else eps,
             num_steps=steps or self.steps,
             num_restarts=restarts or self.restarts,
-            loss=self.loss,
+            loss=loss or self.loss,
             rule=self.rule,
         )
         return self.correct(self.points(ascent, name, draws or self.draws, logits_fn))
@@ -134,7 +137,7 @@ class Bench:
     def base(self, more: int = 1) -> np.ndarray:
         """Verdicts after the attack that is checked, at a multiple of its budget."""
         if more not in self.known:
-            self.known[more] = self.climbed("base", **({} if more == 1 else self.budget(more)))
+            self.known[more] = self.climbed("base", **(self.budget(more) if more > 1 else {}))
         return self.known[more]
 
     def logits(self, points: Inputs) -> list[Logits]:
@@ -143,13 +146,20 @@ class Bench:
 
     def correct(self, points: Inputs) -> np.ndarray:
         """Verdicts, ``(verdicts, batch)``."""
-        groups = [verdicts(self.rule, group, self.y) for group in self.logits(points)]
-        return torch.cat(groups).cpu().numpy().astype(float)
+        groups = self.logits(points)
+        self.tally.note(points, groups[0])
+        judged = [verdicts(self.rule, group, self.y) for group in groups]
+        return torch.cat(judged).cpu().numpy().astype(float)
 
 
 def detached(error: Exception) -> bool:
     """Whether an attack failed because no gradient leads from the answers to the input."""
     return DETACHED in str(error)
+
+
+def perhaps(values: np.ndarray | Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether the mean of differences is above the tolerance, surely or not."""
+    return float(np.mean(np.asarray(values, dtype=float))) > tolerance
 
 
 def beyond(values: np.ndarray | Tensor, tolerance: float = TOLERANCE) -> bool:

@@ -2,7 +2,9 @@
 
 A comparison fires if an attack that should be weaker than the one that is checked leaves significantly
 less accuracy, beyond three points. The attack that is checked then gets four times its budget: if that
-closes the gap it was too weak, if not, the gradient that it follows misleads.
+closes the gap it was too weak, if not, the gradient that it follows misleads. Where the gap shows and the
+examples are too few to be sure of it, and where four times the budget alone gets further, the verdict is
+"cannot tell": not enough budget.
 """
 
 from collections.abc import Iterator
@@ -12,8 +14,8 @@ import numpy as np
 
 from probdefense.attacks.fgsm import fgsm
 from probdefense.attacks.square import NOISY_RIVALS, square
-from probdefense.checks.bench import MORE, Bench, beyond
-from probdefense.checks.results import Check, skipped
+from probdefense.checks.bench import MORE, Bench, beyond, perhaps
+from probdefense.checks.results import MORE_BUDGET, Check, doubted, skipped
 from probdefense.types import Attack
 
 FEWEST_QUERIES = 3 + NOISY_RIVALS
@@ -22,17 +24,30 @@ FEWEST_QUERIES = 3 + NOISY_RIVALS
 
 def comparisons(bench: Bench, gradient_free: Attack | None) -> Iterator[Check]:
     """Every comparison that the defense allows."""
-    yield _compare(bench, "larger eps", "half the eps", bench.climbed("half eps", eps=bench.eps / 2))
-    fewer = bench.climbed("half the steps", steps=max(1, bench.steps // 2))
-    yield _compare(bench, "more steps", "half the steps", fewer)
+    yield compared(bench, "larger eps", "half the eps", bench.climbed("half eps", eps=bench.eps / 2))
+    yield _steps(bench)
     one_step = bench.reached(partial(fgsm, eps=bench.eps, loss=bench.loss))
-    yield _compare(bench, "one step", "one step", one_step)
+    yield compared(bench, "one step", "one step", one_step)
     yield from _draws(bench)
     if gradient_free is None and bench.norm == 1:
         yield skipped("gradient-free", "pass gradient_free=: the square attack has no L1 form")
     else:
-        yield _compare(bench, "gradient-free", "no gradient", _without_gradient(bench, gradient_free))
+        yield compared(bench, "gradient-free", "no gradient", _without_gradient(bench, gradient_free))
     yield _unbounded(bench)
+
+
+def _steps(bench: Bench) -> Check:
+    """Half the steps must not be better; where four times the budget is, the budget is not enough."""
+    fewer = bench.climbed("half the steps", steps=max(1, bench.steps // 2))
+    check = compared(bench, "more steps", "half the steps", fewer)
+    if check.verdict != "ok":
+        return check
+    more = bench.base(MORE)
+    evidence = {**check.evidence, f"at {MORE}x the budget": float(more.mean())}
+    if not perhaps(bench.base() - more):
+        return Check(check.name, "ok", "", evidence)
+    why = f"{MORE_BUDGET}: {MORE} times the gradients leave less; raise num_gradients until they do not"
+    return doubted(check.name, why, evidence)
 
 
 def _draws(bench: Bench) -> Iterator[Check]:
@@ -41,23 +56,26 @@ def _draws(bench: Bench) -> Iterator[Check]:
         for name in ("more draws", "one draw at equal gradients"):
             yield skipped(name, "nothing is random, or one draw per step is all there is")
     else:
-        yield _compare(bench, "more draws", "one draw", bench.climbed("one draw", draws=1))
+        yield compared(bench, "more draws", "one draw", bench.climbed("one draw", draws=1))
         spread = bench.climbed("one draw at equal gradients", **bench.one_draw)
-        yield _compare(bench, "one draw at equal gradients", "one draw and more steps", spread)
+        yield compared(bench, "one draw at equal gradients", "one draw and more steps", spread)
     mean = getattr(bench.logits_fn, "mean", None)
     if not bench.logits_fn.stochastic or mean is None:
         yield skipped("mean network", "nothing is random, or the function knows no mean")
     else:
         transferred = bench.climbed("mean network", **bench.one_draw, logits_fn=mean())
-        yield _compare(bench, "mean network", "transfer from the mean network", transferred)
+        yield compared(bench, "mean network", "transfer from the mean network", transferred)
 
 
-def _compare(bench: Bench, name: str, weaker_name: str, weaker: np.ndarray) -> Check:
+def compared(bench: Bench, name: str, weaker_name: str, weaker: np.ndarray) -> Check:
     """Fires if the attack that should be weaker leaves less accuracy than the one that is checked."""
     left = bench.base()
     evidence = {"accuracy": float(left.mean()), f"under {weaker_name}": float(weaker.mean())}
     if not beyond(left - weaker):
-        return Check(name, "ok", "", evidence)
+        if not perhaps(left - weaker):
+            return Check(name, "ok", "", evidence)
+        why = f"{MORE_BUDGET}: {weaker_name} leaves less, and so few examples do not say by chance or not"
+        return doubted(name, why, evidence)
     again = bench.base(MORE)
     evidence[f"at {MORE}x the budget"] = float(again.mean())
     return _verdict(name, beyond(again - weaker), evidence)

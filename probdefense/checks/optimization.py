@@ -1,6 +1,7 @@
 """Checks of how the attack went: what it climbed, where it stopped, what it forgot."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probdefense.attacks.pgd import pgd
+from probdefense.attacks.apgd import apgd
 from probdefense.attacks.tools.selection import Best
 from probdefense.checks.bench import Bench, beyond
+from probdefense.checks.comparisons import compared
 from probdefense.checks.results import Check, judged, skipped
+from probdefense.logits.losses import dlr
 from probdefense.logits.rules import margins
 from probdefense.types import Inputs, Logits
 
@@ -52,7 +55,7 @@ class Watched:
 def optimization(bench: Bench) -> Iterator[Check]:
     """Runs the attack that is checked from one start, watched."""
     watched = Watched(bench)
-    ascent = partial(pgd, eps=bench.eps, num_steps=bench.steps, loss=bench.loss)
+    ascent = partial(apgd, eps=bench.eps, num_steps=bench.steps, loss=bench.loss, rule=bench.rule)
     final = bench.correct(bench.points(ascent, "base", bench.draws, watched))
     if bench.restarts == 1:
         bench.known[1] = final
@@ -60,7 +63,7 @@ def optimization(bench: Bench) -> Iterator[Check]:
     standing = final.mean(0) > 0.5
     yield _silent(bench, watched, final)
     yield _incomplete(losses, standing)
-    yield _flat(losses, standing)
+    yield _plateau(bench, _flat(losses, standing))
     yield _own_draws(watched, final)
 
 
@@ -93,13 +96,24 @@ LATE = 0.05
 """Share of the whole rise of the loss that may fall into the last eighth of the steps."""
 
 
+def _plateau(bench: Bench, flat: Check) -> Check:
+    """The loss beside one that no scale of the logits can flatten: the ratio of their differences."""
+    other = compared(bench, flat.name, "a scale-free loss", bench.climbed("scale-free", loss=dlr))
+    evidence = {**flat.evidence, **other.evidence}
+    if flat.fired or other.verdict == "ok":
+        return replace(flat if flat.fired else other, evidence=evidence)
+    return replace(other, advice=f"{other.advice}; climb logits (margin, DLR)", evidence=evidence)
+
+
 def _flat(losses: np.ndarray, standing: np.ndarray) -> Check:
     """Loss plateau: the share of examples that stand and whose loss the ascent never raised."""
     name = "loss plateau"
     if len(losses) < 4:
         return skipped(name, "fewer than 4 steps")
     quarter = len(losses) // 4
-    flat = standing & (losses[-quarter:].mean(0) <= losses[:quarter].mean(0))
+    flat = standing & (
+        losses[-quarter:].mean(0) <= losses[0]
+    )  # the first step goes far, and noise comes next
     advice = "the attack climbs nothing: its loss is flat or misleads; climb logits (margin, DLR)"
     return judged(name, beyond(flat), "defense masks", advice, {"never raised": float(flat.mean())})
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from probdefense.checks.bench import Bench
+from probdefense.checks.bench import Bench, beyond
 from probdefense.checks.results import Check, judged, skipped
 from probdefense.logits.adapters import can_freeze
 from probdefense.prediction.drawing import is_adaptive
@@ -33,12 +33,31 @@ def answer(bench: Bench, *, gradient: bool = False) -> Logits:
 
 
 def _logits(bench: Bench) -> Check:
-    """Probabilities fed to a softmax again flatten every loss."""
+    """What is no logit: probabilities, NaN, a constant that stands for "I do not say", a class for it."""
     logits = bench.logits(bench.x)[0]
     sums = (logits.sum(-1) - 1).abs()
     share = float(((logits >= 0).all(-1) & (sums < 1e-4)).double().mean())
-    advice = "the answers are probabilities; a second softmax weakens every attack: return logits"
-    return judged("logits", share == 1, "fault", advice, {"share of probabilities": share})
+    tally = bench.tally
+    before, under = tally.share_constant()
+    evidence = {"share of probabilities": share, "NaN": tally.refused / max(1, tally.asked)}
+    evidence["one constant under attack"] = float(under.mean())
+    extra = tally.extra_class(bench.y, logits.shape[-1])
+    if extra is not None:
+        evidence[f"class {extra[0]} under attack"] = float(extra[1].mean())
+    advice = ""
+    if share == 1:
+        advice = "the answers are probabilities; a second softmax weakens every attack: return logits"
+    elif tally.refused or tally.broken:
+        advice = f"NaN is answered to attacked inputs, or is the gradient: {REFUSES}"
+    elif beyond(under - before):
+        advice = f"attacked inputs get one constant answer: {REFUSES}"
+    elif extra is not None and beyond(extra[1].cpu()):
+        advice = f"attacked inputs get class {extra[0]}, which is no label: {REFUSES}"
+    return judged("logits", bool(advice), "fault", advice, evidence)
+
+
+REFUSES = "if it means a refusal, count refusals apart and attack what refuses too (detection.evading)"
+"""What to do about answers that say nothing."""
 
 
 def _randomness(bench: Bench) -> Check:
@@ -51,7 +70,10 @@ def _randomness(bench: Bench) -> Check:
     if not function.stochastic and evidence["answers differ by"] > ROUNDING:
         advice = "it says stochastic=False and answers differently: attacks see one draw; declare it"
         return Check(name, "fault", advice, evidence)
-    if _repeats(bench):
+    if function.stochastic and _same_again(bench):
+        advice = "it draws once for every number of draws and says the same again: draw anew at every call"
+        return Check(name, "fault", advice, evidence)
+    if repeats(bench):
         evidence["with a gradient by"] = _distance(first, answer(bench, gradient=True))
         if evidence["with a gradient by"] > ROUNDING:
             advice = "it answers otherwise when a gradient is taken: attacks see another function"
@@ -65,7 +87,7 @@ def _adaptation(bench: Bench, before: Logits) -> Check:
     if is_adaptive(function):
         return Check(name, "ok", "declared: judged by replays, attack it with fpa or gmsa")
     evidence = {}
-    if not function.stochastic or _repeats(bench):
+    if not function.stochastic or repeats(bench):
         evidence["after queries by"] = _distance(before, answer(bench))
     if not function.stochastic or can_freeze(function):
         with torch.no_grad(), forked(derive(bench.seed, "alone"), bench.x.device):
@@ -78,7 +100,16 @@ def _adaptation(bench: Bench, before: Logits) -> Check:
     return judged(name, max(evidence.values()) > ROUNDING, "fault", advice, evidence)
 
 
-def _repeats(bench: Bench) -> bool:
+def _same_again(bench: Bench) -> bool:
+    """Whether two draws are the same at every call, and yet not among three."""
+    with torch.no_grad():
+        two, again, three = (bench.logits_fn(bench.x, count) for count in (2, 2, 3))
+    if len(two) != 2 or len(three) != 3 or _distance(two, again) > ROUNDING:
+        return False
+    return _distance(two, three[:2]) > ROUNDING
+
+
+def repeats(bench: Bench) -> bool:
     """Whether torch's seed fixes the answer; other sources of random numbers are out of reach."""
     return _distance(answer(bench), answer(bench)) <= ROUNDING
 

@@ -9,6 +9,7 @@ from probdefense.checks.comparisons import FEWEST_QUERIES, comparisons
 from probdefense.checks.gradients import gradients
 from probdefense.checks.optimization import optimization
 from probdefense.checks.outputs import answer, outputs
+from probdefense.checks.refusals import Answering
 from probdefense.checks.results import Checks
 from probdefense.logits.adapters import as_logits_fn
 from probdefense.logits.losses import expected_cross_entropy
@@ -44,20 +45,22 @@ def run(
 ) -> Checks:
     """Asks of a defense what has made robustness claims wrong before, and answers with evidence.
 
-    The attack that is checked is projected gradient ascent with `num_gradients` per example: on a random
-    defense `num_samples` per step, and restarts beyond 40 steps. Other attacks get as many gradients, or
-    queries. Accuracies are compared example by example; a comparison fires only beyond three points, by
-    a one-sided test at 1 %, so a hundred examples or more are needed to see anything. The attack then
-    gets four times its budget, which tells "attack too weak" from "defense masks". For a quick look,
+    The attack that is checked is Auto-PGD with `num_gradients` per example: on a random defense
+    `num_samples` per step, and restarts beyond 40 steps. Other attacks get as many gradients, or queries.
+    Accuracies are compared example by example; a comparison fires only beyond three points, by a one-sided
+    test at 1 %, so a hundred examples or more are needed to see anything. The attack then gets four times
+    its budget, which tells "attack too weak" from "defense masks". What shows and is not sure, and an attack
+    that four times the gradients still improve, give "cannot tell": not enough budget. For a quick look,
     ``num_gradients=64, num_samples=4, num_verdict=20`` costs a fifth of the default.
 
-    The checks: `logits` (not probabilities), `declared randomness`, `no adaptation`; of the gradient,
-    `gradient` (not zero, not detached) and `gradient signal` (against the noise of the draws), `stable
-    loss`; of the ascent, `silent success`, `complete optimization`, `loss plateau`, `fresh draws`; by
+    The checks: `logits` (not probabilities, nor refusals: NaN, one constant, a class without label),
+    `declared randomness`, `no adaptation`; of the gradient, `gradient` (not zero, not detached) and
+    `gradient signal` (against the noise of the draws), `stable loss`; of the ascent, `silent success`,
+    `complete optimization`, `loss plateau` (also beside the scale-free loss `dlr`), `fresh draws`; by
     comparison, `larger eps`, `more steps`, `one step`, `more draws`, `one draw at equal gradients`,
     `gradient-free`, `mean network`, `unbounded attack`. Pintor's six indicators of attack failure are
     `gradient`, `stable loss`, `silent success`, `complete optimization`, `fresh draws` and `unbounded
-    attack`.
+    attack`. How attacks and verdicts use randomness is asked by `checks.protocol`.
 
     Args:
         logits_fn: A `Defense` or any `LogitsFn`.
@@ -101,12 +104,14 @@ def run(
     if gradient_free is not None:
         check_function("gradient_free", gradient_free, "logits_fn", "x", "y", eps=eps, norm=norm)
     logits_fn = as_logits_fn(logits_fn)
-    if gradient_free is None and logits_fn.stochastic:  # the square attack gets as many queries
-        check_count("num_gradients", num_gradients, least=FEWEST_QUERIES)
     with outside_inference(), forked(derive(seed, "checks"), x.device):
         x, y = (part.clone() if part.is_inference() else part for part in (x, y))
         bench = Bench(logits_fn, x, y, eps, norm, rule, loss, num_gradients, num_samples, num_verdict, seed)
         before = answer(bench)
         check_classes(y, before.shape[-1])
+        bench.correct(x)  # clean answers must be numbers; under attack NaN is a finding
+        if gradient_free is None and logits_fn.stochastic:  # the square attack gets as many queries
+            check_count("num_gradients", num_gradients, least=FEWEST_QUERIES)
+        bench.logits_fn = Answering(logits_fn, bench.tally)
         attacked = [*gradients(bench), *optimization(bench), *comparisons(bench, gradient_free)]
         return Checks((*outputs(bench, before), *attacked))

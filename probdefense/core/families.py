@@ -271,7 +271,7 @@ def drawn(distribution: Any, shape: tuple[int, ...], generator: torch.Generator 
     Families that take no generator are drawn from the global state, seeded by the generator for a moment.
     """
     kind = type(distribution)
-    if generator is not None and kind is dist.Normal:
+    if kind is dist.Normal:
         like = distribution.loc
         eps = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
         return torch.addcmul(like, distribution.scale, eps)
@@ -283,6 +283,28 @@ def drawn(distribution: Any, shape: tuple[int, ...], generator: torch.Generator 
     expanded = filled(distribution, shape)
     with forked(seed, None if generator is None else generator.device):
         return expanded.rsample() if expanded.has_rsample else expanded.sample()
+
+
+SYMMETRIC = ("Normal", "Laplace", "Cauchy", "StudentT", "MultivariateNormal", "LowRankNormal")
+"""Families that are symmetric about ``loc``, by the name of the class."""
+
+
+def mirrored(distribution: Any, value: Tensor) -> Tensor:
+    r"""The reflection of a draw about the location, as likely as the draw; itself where there is none.
+
+    $2\mu - \theta$ for symmetric families, and $\mu^2 e^{-\sigma^2} / \theta$, the noise of the other sign,
+    for multiplicative ones. Draws of any other family are shared by a pair.
+    """
+    if type(distribution).__name__ in SYMMETRIC:
+        return 2 * distribution.loc - value
+    if isinstance(distribution, torch.distributions.Uniform):
+        return distribution.low + distribution.high - value
+    if isinstance(distribution, MultiplicativeLogNormal):
+        square = distribution.loc.square() * torch.exp(-distribution.scale.square())
+        return torch.where(value == 0, value, square / value)
+    if isinstance(distribution, torch.distributions.Independent):
+        return mirrored(distribution.base_dist, value)
+    return value
 
 
 def divergence(q: Distribution, p: Distribution, value: Tensor, name: str) -> Tensor:
@@ -305,5 +327,6 @@ def _flat_normal_kl(q: Any, p: Any) -> Tensor:
     """KL of a long diagonal Normal from a shared scalar one, by sums that make no temporary."""
     loc = q.loc if p.loc == 0 else q.loc - p.loc
     squares = torch.dot(loc, loc) + torch.dot(q.scale, q.scale)
-    logs = q.scale.log().sum() - q.loc.numel() * p.scale.log()
+    known = getattr(q, "log_scale", None)
+    logs = (q.scale.log() if known is None else known).sum() - q.loc.numel() * p.scale.log()
     return squares / (2 * p.scale**2) - logs - q.loc.numel() / 2

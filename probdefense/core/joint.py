@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-FORGOTTEN: dict[str, Any] = {"_inv": None, "_cached_x_y": (None, None)}
-"""What a transform remembers: its inverse, which holds it in turn, and its last call."""
+FORGOTTEN: dict[str, Any] = {"_inv": None, "_cached_x_y": (None, None), "log_scale": None}
+"""What a transform remembers: its inverse, which holds it in turn, and its last call; and what a posterior
+remembers of how its scale was made."""
 
 POINTS = (-1e30, -1.0, 0.0, 1.0, 1e30)
 """Values that a distribution of any real number must allow."""
@@ -77,14 +78,14 @@ class Joint(nn.Module):
         super().__init__()
         self.structure = _structure(distribution)
         numbers: list[Tensor] = []
-        self.template, self.shape = _copied(distribution, lambda tensor: _kept(tensor, numbers)), shape
+        self.template, self.shape = copied(distribution, lambda tensor: _kept(tensor, numbers)), shape
         for place, number in enumerate(numbers):
             self.register_buffer(f"number_{place}", number)
 
     def forward(self) -> Flat:
         """The distribution, on the device where the module is."""
         numbers = iter(self.buffers())
-        return Flat(_copied(self.template, lambda _: next(numbers)), self.shape)
+        return Flat(copied(self.template, lambda _: next(numbers)), self.shape)
 
 
 def _structure(thing: Any) -> str:
@@ -141,20 +142,20 @@ DERIVED = ("covariance_matrix", "precision_matrix", "scale_tril")
 """Of a correlated normal, from its factor."""
 
 
-def _copied(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def copied(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same nest of distributions and transforms, with every tensor changed, in a fixed order."""
     if isinstance(thing, Tensor):
         return change(thing)
     if isinstance(thing, list | tuple) and not isinstance(thing, torch.Size):
-        return type(thing)(_copied(part, change) for part in thing)
+        return type(thing)(copied(part, change) for part in thing)
     if isinstance(thing, _InverseTransform):
-        return _copied(thing._inv, change).inv
+        return copied(thing._inv, change).inv
     if isinstance(thing, Distribution | Transform):
         twin = copy.copy(thing)
         derived = () if "_unbroadcasted_scale_tril" not in vars(thing) else DERIVED
         for name, value in vars(thing).items():
             if name in derived:  # computed on demand: whether somebody asked must not matter
                 continue
-            twin.__dict__[name] = FORGOTTEN[name] if name in FORGOTTEN else _copied(value, change)
+            twin.__dict__[name] = FORGOTTEN[name] if name in FORGOTTEN else copied(value, change)
         return twin
     return thing

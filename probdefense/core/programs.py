@@ -57,6 +57,13 @@ class Use(NamedTuple):
     buffer: str
 
 
+class Sizes(NamedTuple):
+    """Bytes of one image: what its graph keeps for the backward pass, and the widest layer of it."""
+
+    graph: int
+    widest: int
+
+
 class Model(nn.Module):
     """The generative side: the network, the priors, and the plate over the data set."""
 
@@ -68,7 +75,7 @@ class Model(nn.Module):
         self.priors = nn.ModuleDict({_key(s): s.prior for s in sites if s.prior is not None})
         self.generator: torch.Generator | None = None  # of random weights, see `weights_from`
         self._uses: dict[tuple[int, ...], list[Use]] = {}
-        self.graph_bytes: dict[tuple[int, ...], int] = {}  # of one image, by shape
+        self.sizes: dict[tuple[int, ...], Sizes] = {}  # of one image, by shape
 
     @contextmanager
     def weights_from(self, seed: int, device: torch.device) -> Iterator[None]:

@@ -5,18 +5,22 @@ passes in which the call is computed, so a pass can be run again instead of bein
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from probdefense.core.programs import Model
+from probdefense.core.programs import Model, Use
 from probdefense.core.sites import MemberSite, Site
-from probdefense.rng import keyed, mixed
+from probdefense.rng import derive, keyed, mixed
 from probdefense.types import Draws, Inputs
 
 TILE = 32
 """Rows of a call whose noise has one key."""
+
+CACHE_BYTES = 2**26
+"""Values of this size are kept instead of being drawn again."""
 
 
 class Stream(Protocol):
@@ -25,6 +29,11 @@ class Stream(Protocol):
     @property
     def repeats(self) -> bool:
         """Whether the same values can be had again."""
+        ...
+
+    @property
+    def shared(self) -> bool:
+        """Whether the noise of a draw is the same for all rows."""
         ...
 
     def weights(self, draws: range) -> Draws:
@@ -39,10 +48,10 @@ class Stream(Protocol):
 class Fresh:
     """Values from torch's global state, in the order in which they are asked for."""
 
-    repeats = False
+    repeats = shared = False
 
     def __init__(self, model: Model, num_samples: int):
-        self.model = model
+        self.model, self.sites = model, Posteriors()
         chosen = [site for site in model.global_sites if isinstance(site, MemberSite)]
         self.members = {site.name: site.draw((num_samples, site.size)) for site in chosen}
 
@@ -51,14 +60,33 @@ class Fresh:
         return {
             site.name: self.members[site.name][draws.start : draws.stop]
             if site.name in self.members
-            else site.draw((len(draws), site.size))
+            else self.sites.of(site).draw((len(draws), site.size))
             for site in self.model.global_sites
         }
 
     def noise(self, x: Inputs, draws: range, rows: range) -> Draws:
         """Drawn now."""
         shape = (len(draws), len(rows))
-        return {use.name: use.site.draw((*shape, *use.shape)) for use in self.model.uses(x)}
+        return {use.name: self.sites.of(use.site).draw((*shape, *use.shape)) for use in self.model.uses(x)}
+
+
+class Posteriors:
+    """The posteriors of a call, each computed when it is first asked for, or copied now to stay as they are.
+
+    Args:
+        model: Whose posteriors are copied; None for none.
+    """
+
+    def __init__(self, model: Model | None = None):
+        self.known: dict[str, Site] = {}
+        for site in () if model is None else model.sites.values():
+            self.known[site.name] = site.known(copy=True)
+
+    def of(self, site: Site) -> Site:
+        """The site with its posterior."""
+        if site.name not in self.known:
+            self.known[site.name] = site.known()
+        return self.known[site.name]
 
 
 class Keys:
@@ -68,47 +96,130 @@ class Keys:
         model: Whose sites.
         seed: Of the call.
         num_samples: Draws of the call.
-        ids: Numbers of the rows, ``(batch,)``.
+        ids: Numbers of the rows, ``(batch,)``; None for noise that all rows share.
         whole: Whether tiles are drawn whole, so that a row's values depend on no other row; else the last
             one ends with the call.
+        device: Where values are drawn; that of `ids` by default.
+        antithetic: Whether draws 2k and 2k + 1 share a key and differ in sign about the location, all sites
+            jointly.
+        frozen: Whether the posteriors are copied.
+        trained: Whether values have gradients in the parameters.
     """
 
     repeats = True
 
-    def __init__(self, model: Model, seed: int, num_samples: int, ids: Tensor, whole: bool = False):
+    def __init__(
+        self,
+        model: Model,
+        seed: int,
+        num_samples: int,
+        ids: Tensor | None,
+        whole: bool = False,
+        *,
+        device: torch.device | None = None,
+        antithetic: bool = False,
+        frozen: bool = False,
+        trained: bool = False,
+    ):
         self.model, self.seed, self.num_samples, self.ids = model, seed, num_samples, ids
-        self.end = None if whole else len(ids)
+        self.device = ids.device if device is None and ids is not None else torch.device(device or "cpu")
+        self.end = None if whole or ids is None else len(ids)
+        self.antithetic, self.trained, self.shared = antithetic, trained, ids is None
+        with self._tracked():
+            self.sites = Posteriors(model if frozen else None)
 
     def weights(self, draws: range) -> Draws:
         """Each draw from its own key; a choice of members from the key of the call."""
         found: dict[str, list[Tensor]] = {site.name: [] for site in self.model.global_sites}
-        with torch.no_grad():
+        with self._tracked():
             for draw in draws:
-                generator = keyed(mixed(self.seed, draw, 0), self.ids.device)
+                generator = self._generator(draw, 0)
                 for site in self.model.global_sites:
                     found[site.name].append(self._value(site, draw, generator))
-        return {name: torch.stack(values) for name, values in found.items()}
+        return {name: _joined(values) for name, values in found.items()}
 
     def _value(self, site: Site, draw: int, generator: torch.Generator) -> Tensor:
         if isinstance(site, MemberSite):
-            return site.draw((self.num_samples, 1), keyed(self.seed, torch.device("cpu")))[draw]
-        return site.draw((site.size,), generator)
+            every = 2 if self.antithetic else 1
+            rounds = keyed(derive(self.seed, "weights"), torch.device("cpu"))
+            return site.draw((-(-self.num_samples // every), 1), rounds)[draw // every]
+        return self._signed(self.sites.of(site), (site.size,), draw, generator)
 
     def noise(self, x: Inputs, draws: range, rows: range) -> Draws:
-        """Each tile of each draw from its own key."""
-        uses, ids = self.model.uses(x), self.ids[rows.start : rows.stop]
+        """Each tile of each draw from its own key, or one row for all."""
+        uses = self.model.uses(x)
         if not uses:
             return {}
+        if self.ids is None:
+            return self._tiles(uses, draws, [(0, 1)])
+        ids = self.ids[rows.start : rows.stop]
         tiles, of_row = (ids // TILE).unique(return_inverse=True)
-        found: dict[str, list[Tensor]] = {use.name: [] for use in uses}
-        with torch.no_grad():
-            for draw, tile in itertools.product(draws, tiles.tolist()):
-                generator = keyed(mixed(self.seed, draw, tile + 1), ids.device)
-                count = TILE if self.end is None else min(TILE, self.end - tile * TILE)
-                for use in uses:
-                    found[use.name].append(use.site.draw((count, *use.shape), generator))
+        numbers = tiles.tolist()
+        counts = [TILE if self.end is None else min(TILE, self.end - tile * TILE) for tile in numbers]
+        values = self._tiles(uses, draws, list(zip(numbers, counts, strict=True)))
         place = of_row * TILE + ids % TILE  # a tile that ends early is the last
-        values = {name: torch.cat(parts).unflatten(0, (len(draws), -1)) for name, parts in found.items()}
         if torch.equal(place, torch.arange(values[uses[0].name].shape[1], device=place.device)):
             return values
         return {name: value.index_select(1, place) for name, value in values.items()}
+
+    def _tiles(self, uses: list[Use], draws: range, tiles: list[tuple[int, int]]) -> Draws:
+        """The noise of some tiles, each with its number of rows, ``(draws, rows, *event)``."""
+        found: dict[str, list[Tensor]] = {use.name: [] for use in uses}
+        with self._tracked():
+            for draw, (tile, count) in itertools.product(draws, tiles):
+                generator = self._generator(draw, tile + 1)
+                for use in uses:
+                    shape = (count, *use.shape)
+                    found[use.name].append(self._signed(self.sites.of(use.site), shape, draw, generator))
+        if len(draws) == len(tiles) == 1:
+            return {name: parts[0].unsqueeze(0) for name, parts in found.items()}
+        return {name: torch.cat(parts).unflatten(0, (len(draws), -1)) for name, parts in found.items()}
+
+    def _signed(self, site: Site, shape: tuple[int, ...], draw: int, generator: torch.Generator) -> Tensor:
+        value = site.draw(shape, generator)
+        return site.mirrored(value) if self.antithetic and draw % 2 else value
+
+    def _generator(self, draw: int, part: int) -> torch.Generator:
+        return keyed(mixed(self.seed, draw // 2 if self.antithetic else draw, part), self.device)
+
+    def _tracked(self) -> torch.set_grad_enabled:
+        return torch.set_grad_enabled(self.trained and torch.is_grad_enabled())
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
+
+
+class Cached:
+    """A stream whose values are kept where all of them are small.
+
+    Args:
+        stream: Of a number of draws.
+    """
+
+    repeats = True
+
+    def __init__(self, stream: Keys):
+        self.stream, self.shared = stream, stream.shared
+        self.kept: dict[tuple[int, ...] | str, Draws] = {}
+
+    def weights(self, draws: range) -> Draws:
+        """Those of all draws are kept if they are small."""
+        size = sum(site.size for site in self.stream.model.global_sites)
+        return self._through("weights", size, draws, self.stream.weights)
+
+    def noise(self, x: Inputs, draws: range, rows: range) -> Draws:
+        """Shared noise of all draws is kept if it is small, by event shape."""
+        if not self.shared:
+            return self.stream.noise(x, draws, rows)
+        size = sum(use.shape.numel() for use in self.stream.model.uses(x))
+        return self._through(tuple(x.shape[1:]), size, draws, lambda all_: self.stream.noise(x, all_, rows))
+
+    def _through(
+        self, key: tuple[int, ...] | str, size: int, draws: range, make: Callable[[range], Draws]
+    ) -> Draws:
+        if 4 * size * self.stream.num_samples > CACHE_BYTES:
+            return make(draws)
+        if key not in self.kept:
+            self.kept[key] = make(range(self.stream.num_samples))
+        return {name: value[draws.start : draws.stop] for name, value in self.kept[key].items()}

@@ -6,7 +6,7 @@ The value of a global site carries a leading draw axis ``(draws, D)``; that of a
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,22 +15,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
 
+from probdefense.core.costs import draws_at_once
 from probdefense.core.families import divergence
-from probdefense.core.programs import Guide, Model, block
+from probdefense.core.programs import Guide, Model, Sizes, block
 from probdefense.core.sites import MemberSite
-from probdefense.core.streams import Fresh, Keys, Stream
+from probdefense.core.streams import CACHE_BYTES, Cached, Fresh, Keys, Posteriors, Stream
 from probdefense.nn.passes import held_still
 from probdefense.ops import log_mean_exp
-from probdefense.rng import derive, forked
 from probdefense.types import Draws, Inputs, Labels, Step
 from probdefense.validation import check_classes
 
 ROWS = 128
 """Images per forward pass: larger passes fall out of the cache and cost 2-3 times more per image."""
-
-VMAP_ROWS = 4
-"""Up to this batch size the overhead of one call per weight draw exceeds its arithmetic."""
-
 
 GRAPH_BYTES = 2**28
 """What the graphs of a call may take before its passes are run again in the backward pass."""
@@ -75,18 +71,20 @@ class Vectorized:
         Where the graph of all of them would not fit, each is run again in the backward pass instead of being
         remembered, if its values can be had again.
         """
-        size = self._draws_at_once(len(x), max_batch or ROWS, backend)
+        size = self._draws_at_once(x, num_samples, max_batch, backend)
         frugal = stream.repeats and self._too_large(x, num_samples, max_batch)
-        parts = []
-        for draws in _ranges(num_samples, size):
+
+        def passes(draws: range) -> Tensor:
+            """Those of some draws, whose weights are let go before the next are drawn."""
             shared = None if frugal else stream.weights(draws)
             blocks = []
             for rows in _ranges(len(x), max_batch or ROWS):
                 one = partial(self._pass, stream, draws, rows, shared, state)
                 piece = x[rows.start : rows.stop]
                 blocks.append(_RunAgain.apply(one, piece) if frugal else one(piece))
-            parts.append(torch.cat(blocks, dim=1))
-        return torch.cat(parts)
+            return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+        return torch.cat([passes(draws) for draws in _ranges(num_samples, size)])
 
     def _pass(
         self,
@@ -105,36 +103,44 @@ class Vectorized:
         """Whether the graph of a call should not be held at once."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return False
-        limit = max_batch or max(1, GRAPH_BYTES // self._graph_bytes(x))
-        return len(x) * num_samples > limit
+        if max_batch is not None:
+            return len(x) * num_samples > max_batch
+        weights = 4 * sum(site.size for site in self.model.global_sites)
+        held = num_samples * (len(x) * self._sizes(x).graph + weights)
+        return held > GRAPH_BYTES and num_samples * len(x) > 1
 
-    def _graph_bytes(self, x: Inputs) -> int:
-        """What one image of this shape leaves in memory for its backward pass."""
+    def _sizes(self, x: Inputs) -> Sizes:
+        """What one image of this shape takes."""
         key = tuple(x.shape[1:])
-        if key not in self.model.graph_bytes:
-            kept: dict[int, int] = {}
-            owned = {tensor.data_ptr() for tensor in self.model.parameters()}
+        if key not in self.model.sizes:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.model.sizes[key] = self._measured(torch.zeros_like(x[:1], requires_grad=True))
+        return self.model.sizes[key]
 
-            def note(tensor: Tensor) -> Tensor:
-                if tensor.data_ptr() not in owned:
-                    kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-                return tensor
+    def _measured(self, image: Inputs) -> Sizes:
+        """What the graph of one image holds, beside weights."""
+        kept: dict[int, int] = {}
+        stream = Keys(self.model, 0, 1, torch.zeros(1, dtype=torch.int64, device=image.device))
+        weights = stream.weights(range(1))
+        known = [*weights.values(), *self.model.parameters(), *self.model.buffers()]
+        owned = {tensor.untyped_storage().data_ptr() for tensor in known}
 
-            image = x[:1].detach().requires_grad_()
-            stream = Keys(self.model, 0, 1, torch.zeros(1, dtype=torch.int64, device=x.device))
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                self._pass(stream, range(1), range(1), None, None, image)
-            self.model.graph_bytes[key] = max(1, sum(kept.values()))
-        return self.model.graph_bytes[key]
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in owned:
+                kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._pass(stream, range(1), range(1), weights, None, image)
+        return Sizes(max(1, sum(kept.values())), max(image.nbytes, *kept.values(), 1))
 
     def freeze(self, num_samples: int, seed: int, ids: Tensor | None = None) -> "Frozen":
-        """`num_samples` functions: weights drawn now, noise whenever a new event shape comes."""
+        """`num_samples` functions: a key for each draw, and copies of what it is drawn from."""
         device = _device(self.model, self.guide)
-        with torch.no_grad(), forked(derive(seed, "weights"), device):
-            weights = self._draw_global(num_samples)
+        keys = Keys(self.model, seed, num_samples, ids, True, device=device, frozen=True)
         net = self.model.net
         state = {n: v.detach().clone() for n, v in [*net.named_parameters(), *net.named_buffers()]}
-        return Frozen(self, num_samples, weights, seed, ids, state)
+        return Frozen(self, num_samples, Cached(keys), ids, state)
 
     def step(self, x: Inputs, y: Labels, draws: Draws | None) -> Step:
         """One training forward: fresh draws (or the given ones), log-likelihood and KL by site.
@@ -142,19 +148,29 @@ class Vectorized:
         A choice of member that the draws leave open is enumerated, so that every member is trained:
         the log-likelihood is the mean over members, the logits are their log mean probability.
         """
-        branching = {site.name for site in self._branching}
-        values = {n: v for n, v in self.draw(x).items() if n not in branching} if draws is None else draws
+        sites, branching = Posteriors(), {site.name for site in self._branching}
+        drawn = self._draw(x, sites) if draws is None else draws
+        values = {n: v for n, v in drawn.items() if n not in branching} if draws is None else draws
         logits = torch.stack([self.model.logits(x, case, still=False) for case in self._cases(values)])
         check_classes(y, logits.shape[-1])
         log_probs = logits.log_softmax(-1)
         log_lik = log_probs.gather(-1, y.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).mean(0)
         mixed = logits[0] if len(logits) == 1 else log_mean_exp(log_probs)
-        return Step(mixed, log_lik, self._kl(x, values), values)
+        return Step(mixed, log_lik, self._kl(x, values, sites), values)
 
     def draw(self, x: Inputs) -> Draws:
         """One joint draw of all sites for a batch, differentiable in the guide's parameters."""
-        values = {name: value[0] for name, value in self._draw_global(1, self.model.generator).items()}
-        return values | {name: value[0] for name, value in self._draw_local(x, (1, len(x))).items()}
+        return self._draw(x, Posteriors())
+
+    def _draw(self, x: Inputs, sites: Posteriors) -> Draws:
+        values: Draws = {}
+        for site in map(sites.of, self.model.global_sites):
+            if isinstance(site, MemberSite):
+                values[site.name] = site.draw((1, 1))[0]
+            else:
+                values[site.name] = site.draw((site.size,), self.model.generator)
+        uses = self.model.uses(x)
+        return values | {use.name: sites.of(use.site).draw((len(x), *use.shape)) for use in uses}
 
     def at(self, x: Inputs, draws: Draws) -> Tensor:
         """Logits at one given draw, ``(1, batch, classes)``."""
@@ -179,12 +195,12 @@ class Vectorized:
         choices = itertools.product(*([torch.tensor([k]) for k in range(site.count)] for site in left))
         return [values | {site.name: k for site, k in zip(left, ks, strict=True)} for ks in choices]
 
-    def _kl(self, x: Inputs, values: Draws) -> dict[str, Tensor]:
+    def _kl(self, x: Inputs, values: Draws, sites: Posteriors) -> dict[str, Tensor]:
         """Nats for the whole data set, by site; sites whose posterior is their prior have none."""
         kl: dict[str, Tensor] = {}
         for site in self.model.global_sites:
             if site.posterior is not None and site.prior is not None:
-                q, p = site.distribution("posterior"), site.distribution("prior", values)
+                q, p = sites.of(site).distribution("posterior"), site.distribution("prior", values)
                 kl[site.name] = divergence(q, p, values[site.name], site.name)
         scale = max(self.model.num_data or 0, len(x)) / len(x)
         for use in self.model.uses(x):
@@ -193,24 +209,19 @@ class Vectorized:
                 kl[use.name] = scale * divergence(q, p, values[use.name], use.name)
         return kl
 
-    def _draws_at_once(self, batch: int, rows: int, backend: str) -> int:
+    def _draws_at_once(self, x: Inputs, num_samples: int, max_batch: int | None, backend: str) -> int:
         """How many draws share a forward pass."""
-        if self._branching:
+        weights = 4 * sum(site.size for site in self.model.global_sites)
+        if num_samples == 1 or self._branching or backend == "loop":
             return 1
-        folded = max(1, rows // batch)
-        if not self.model.global_sites:
-            return 1 if backend == "loop" else folded
-        wanted = backend == "vmap" or (backend == "auto" and batch <= VMAP_ROWS)
-        return folded if wanted and not _has(self.model.net, UNBATCHED) else 1
-
-    def _draw_global(self, count: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {
-            site.name: site.draw((count, site.size), None if isinstance(site, MemberSite) else generator)
-            for site in self.model.global_sites
-        }
-
-    def _draw_local(self, x: Inputs, rows: tuple[int, int]) -> dict[str, Tensor]:
-        return {use.name: use.site.draw((*rows, *use.shape)) for use in self.model.uses(x)}
+        if weights and (backend == "fold" or _has(self.model.net, UNBATCHED)):
+            return 1
+        if backend == "auto":
+            limit = draws_at_once(len(x), self._sizes(x).widest)
+            limit = limit if max_batch is None else min(limit, max_batch // len(x))
+        else:
+            limit = (max_batch or ROWS) // len(x)
+        return max(1, min(limit, CACHE_BYTES // weights) if weights else limit)
 
     def _run(self, x: Inputs, weights: Draws, noise: Draws, state: dict[str, Tensor] | None = None) -> Tensor:
         """Logits for stacked values, ``(draws, batch, classes)``: folded, or vmapped over weights."""
@@ -242,49 +253,32 @@ class Vectorized:
 class Frozen:
     """`num_samples` fixed functions of the input: any batch size, any subset, the same answers.
 
-    Noise is drawn from a stored seed once per draw and event shape and shared by the batch; with
-    `ids` it is drawn once per draw and example id instead.
+    Values come from keys whenever they are asked for, so that many draws take no more memory than one.
+    Noise belongs to (draw, event shape) and is shared by the batch; with `ids` it belongs to each example's.
     """
 
     engine: Vectorized
     num_samples: int
-    drawn: Draws
-    seed: int
+    stream: Cached
     ids: Tensor | None
     state: dict[str, Tensor]
     max_batch: int | None = None
-    kept: dict[tuple[int, ...], Draws] = field(default_factory=dict)
 
     stochastic = False
-
-    @property
-    def repeats(self) -> bool:
-        """The values are fixed."""
-        return True
 
     def __call__(self, x: Inputs, num_samples: int | None = None) -> Tensor:
         """Logits of every member, ``(num_samples, batch, classes)``; the count is fixed."""
         if self.ids is not None and len(x) != len(self.ids):
             raise ValueError(f"expected the {len(self.ids)} examples of the given ids, got {len(x)}")
-        return self.engine.answers(x, self, self.num_samples, self.max_batch, state=self.state)
+        return self.engine.answers(x, self.stream, self.num_samples, self.max_batch, state=self.state)
 
     def freeze(self, num_samples: int | None = None) -> "Frozen":
         """Itself: it is frozen already."""
         return self
 
-    def weights(self, draws: range) -> Draws:
-        """The values that were drawn when it was frozen."""
-        return {name: value[draws.start : draws.stop] for name, value in self.drawn.items()}
-
-    def noise(self, x: Inputs, draws: range, rows: range) -> Draws:
-        """Noise shared by the rows, or that of their ids."""
-        if self.ids is not None:
-            return Keys(self.engine.model, self.seed, self.num_samples, self.ids, True).noise(x, draws, rows)
-        key = tuple(x.shape[1:])
-        if key not in self.kept:
-            with torch.no_grad(), forked(derive(self.seed, "noise"), x.device):
-                self.kept[key] = self.engine._draw_local(x, (self.num_samples, 1))
-        return {name: value[draws.start : draws.stop] for name, value in self.kept[key].items()}
+    def values(self, name: str) -> Tensor:
+        """The values of a global site in all draws, ``(num_samples, D)``."""
+        return torch.cat([self.stream.weights(range(k, k + 1))[name] for k in range(self.num_samples)])
 
 
 class _RunAgain(torch.autograd.Function):

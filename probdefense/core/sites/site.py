@@ -7,15 +7,28 @@ plate.
 
 import itertools
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from probdefense.core.families import Fixed, drawn, filled
+from probdefense.core.families import Fixed, drawn, filled, mirrored
+from probdefense.core.joint import copied
 
 EMPTY: Mapping[str, Tensor] = {}
+
+
+class Known:
+    """A posterior whose numbers are computed already."""
+
+    def __init__(self, distribution: Distribution):
+        self.distribution = distribution
+
+    def __call__(self) -> Distribution:
+        """The distribution."""
+        return self.distribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +70,18 @@ class Site:
             like = self.prior.get_buffer("loc")  # the numbers of rsample(), without its two extra passes
             return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
         return drawn(self.distribution("posterior"), shape, generator)
+
+    def mirrored(self, value: Tensor) -> Tensor:
+        """The value of the other draw of an antithetic pair."""
+        return mirrored(self.distribution("posterior"), value)
+
+    def known(self, copy: bool = False) -> "Site":
+        """The site with its posterior computed once, and with `copy` as it is now whatever is trained."""
+        if self.posterior is None:
+            return self
+        found = self.distribution("posterior")
+        made: Any = Known(copied(found, lambda tensor: tensor.detach().clone()) if copy else found)
+        return replace(self, posterior=made)
 
     def center(self) -> Tensor:
         """The value of a global site in the static base: the mean of the posterior."""

@@ -1,7 +1,7 @@
 """The networks of the papers, in pixels: each normalizes inside if it normalizes at all."""
 
 from probdefense.models.residual import preact_resnet18, resnet, resnet18, resnet20, resnext29, wide_resnet
-from probdefense.models.small import cohen_lenet, lenet, madry_cnn, small_cnn
+from probdefense.models.small import cohen_lenet, lenet, madry_cnn, small_cnn, strided_cnn
 from probdefense.models.vgg import model_a, vgg16
 from probdefense.models.weights import load_weights
 
@@ -17,6 +17,7 @@ __all__ = [
     "resnet20",
     "resnext29",
     "small_cnn",
+    "strided_cnn",
     "vgg16",
     "wide_resnet",
 ]

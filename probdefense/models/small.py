@@ -104,3 +104,28 @@ def cohen_lenet(num_classes: int = 10) -> nn.Sequential:
         *(nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, num_classes)),
     )
+
+
+def strided_cnn(in_channels: int = 1, num_classes: int = 10) -> nn.Sequential:
+    """A fast network for 28x28 images: two 4x4 convolutions that skip every second pixel, and 100 units.
+
+    Args:
+        in_channels: Channels of the image.
+        num_classes: Width of the output.
+
+    Returns:
+        A network ``(batch, in_channels, 28, 28) -> (batch, num_classes)`` of 166,406 parameters by default.
+
+    References:
+        Wong and Kolter, 2018, [Provable Defenses via the Convex Outer Adversarial
+        Polytope](https://arxiv.org/abs/1711.00851)
+
+    Examples:
+        >>> strided_cnn()(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+    return nn.Sequential(
+        *(nn.Conv2d(in_channels, 16, 4, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, num_classes)),
+    )

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from probdefense.evaluation.comparison import Comparison, compare_all
 from probdefense.evaluation.report import Report, Row
 from probdefense.files import reserve, together
 from probdefense.study import plugins
+from probdefense.study.findings import joined
 from probdefense.study.opponents import named_attack
-from probdefense.study.pool import apart, steady
+from probdefense.study.pool import apart, steady, tell
 from probdefense.study.recipes import RECIPES
 from probdefense.study.request import Request, prepare, settings, versions
-from probdefense.study.trial import Family, Found, judged, tested
+from probdefense.study.store import Found
+from probdefense.study.trial import Family, judged, tested
 from probdefense.types import Inputs, Labels
 
 __all__ = ["Request", "Result", "catalog", "certified", "prepare", "run", "versions", "write"]
@@ -62,54 +64,120 @@ class Result:
     images: dict[str, tuple[Inputs, Inputs]]
 
 
+def _nothing() -> None:
+    """Does nothing."""
+
+
 def _silent(line: str) -> None:
     """Says nothing."""
 
 
-def run(request: Request, data: Split, say: Callable[[str], None] = _silent, processes: int = 1) -> Result:
+def run(
+    request: Request,
+    data: Split,
+    say: Callable[[str], None] = _silent,
+    processes: int = 1,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    fabric: Any = None,
+    step: Callable[[], None] = _nothing,
+) -> Result:
     """Trains, attacks and checks every defense, several at a time; the numbers are the same.
 
     Args:
         request: As `prepare` gives it.
         data: Training and test set.
-        say: Gets one line per defense as it starts; with several processes a function of a module.
+        say: Gets one line per defense as it starts.
         processes: Defenses at a time.
+        folder: Where to keep every defense, and the report so far, as soon as it is finished.
+        resume: Whether to go on with what is kept there.
+        fabric: The processes of a job that train and attack together.
+        step: Called four times per defense.
 
     Raises:
         ChildProcessError: a process was killed.
+        ValueError: what is kept is of another study.
+        OSError: the folder cannot be written.
     """
-    families = [Family(names, request, data, say) for names in request.families]
-    found: dict[str, Found] = {}
-    for family in apart(judged, families, processes):
-        found |= family
-    found = {name: found[name] for name in request.defenses}
-    reports = [report for each in found.values() for report in each.reports]
-    total = sum(reports[1:], reports[0])
-    total.timing = {**{f"{name}/training": each.seconds for name, each in found.items()}, **total.timing}
+    parts = [_of_seed(request, seed) for seed in request.all_seeds]
+    families = [
+        Family(names, part, data, _tell_line, _place(folder, part), resume, fabric, _tell_step)
+        for part in parts
+        for names in part.families
+    ]
+    found: dict[int, dict[str, Found]] = {part.seed: {} for part in parts}
+
+    def done(number: int, family: dict[str, Found]) -> None:
+        part = families[number].request
+        found[part.seed] |= family
+        if folder is not None and len(found[part.seed]) < len(part.defenses) and _first(fabric):
+            _joined(part, data, found[part.seed]).save(families[number].folder or folder)
+
+    def heard(word: str | None) -> None:
+        step() if word is None else say(word)
+
+    apart(judged, families, processes, done, heard)
+    several = [_joined(part, data, found[part.seed]) for part in parts]
+    first = found[parts[0].seed]
+    made = {name: first[name].defense for name in request.defenses}
     x, y = tested(request, data)
-    total.settings = {**settings(request, len(y)), **total.settings}
-    made = {name: each.defense for name, each in found.items()}
     with steady():
         grid = _grid(request, made, (x[:GRID_IMAGES], y[:GRID_IMAGES]))
     return Result(
-        total,
+        joined(several),
         made,
         (x, y),
-        _compared(total),
-        {name: each.checks for name, each in found.items() if each.checks is not None},
-        {name: each.certificate for name, each in found.items() if each.certificate is not None},
+        _compared(several),
+        {name: each.checks for name in made if (each := first[name]).checks is not None},
+        {name: each.certificate for name in made if (each := first[name]).certificate is not None},
         grid,
     )
 
 
-def _compared(report: Report) -> Comparison | None:
+def _tell_line(line: str) -> None:
+    tell(line)
+
+
+def _tell_step() -> None:
+    tell(None)
+
+
+def _first(fabric: Any) -> bool:
+    """Whether this process is the one that writes."""
+    return fabric is None or bool(fabric.is_global_zero)
+
+
+def _of_seed(request: Request, seed: int) -> Request:
+    return replace(request, seed=seed)
+
+
+def _place(folder: Path | None, request: Request) -> Path | None:
+    """Where the defenses of one seed are kept."""
+    several = len(request.all_seeds) > 1
+    return folder / f"seed-{request.seed}" if folder is not None and several else folder
+
+
+def _joined(request: Request, data: Split, found: dict[str, Found]) -> Report:
+    """The report of what is finished, in the order of the request."""
+    ready = {name: found[name] for name in request.defenses if name in found}
+    reports = [report for each in ready.values() for report in each.reports]
+    total = sum(reports[1:], reports[0])
+    total.timing = {**{f"{name}/training": each.seconds for name, each in ready.items()}, **total.timing}
+    total.settings = {**settings(request, len(tested(request, data)[1])), **total.settings}
+    return total
+
+
+def _compared(several: list[Report]) -> Comparison | None:
     """Every pair of defenses that saw the same images, adjusted among those."""
     rows: list[Row] = []
-    for count in dict.fromkeys(row["num_examples"] for row in report.rows):
-        kept = [report.only(name) for name in report.defenses if _seen(report, name) == count]
-        if len(kept) > 1:
-            rows += compare_all(sum(kept[1:], kept[0]), rule="mean_prob").rows
-    return Comparison(rows, 1) if rows else None
+    first = several[0]
+    for count in dict.fromkeys(row["num_examples"] for row in first.rows):
+        names = [name for name in first.defenses if _seen(first, name) == count]
+        if len(names) > 1:
+            kept = [[report.only(name) for name in names] for report in several]
+            rows += compare_all([sum(each[1:], each[0]) for each in kept], rule="mean_prob").rows
+    return Comparison(rows, len(several)) if rows else None
 
 
 def _seen(report: Report, name: str) -> int:
@@ -125,7 +193,8 @@ def _grid(
     grid = {}
     for name in dict.fromkeys([next(iter(made)), list(made)[-1]]):
         attack = named_attack("eot_pgd", made[name], request.size["gradients"])
-        grid[f"{name} under EOT-PGD"] = (x, attack(made[name], x, y, eps=request.radius, seed=request.seed))
+        options = {"eps": request.radius, "norm": request.norm, "seed": request.seed}
+        grid[f"{name} under EOT-PGD"] = (x, attack(made[name], x, y, **options))
     return grid
 
 

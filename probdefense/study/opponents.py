@@ -4,6 +4,7 @@ An opponent is ``opponent(defense, gradients) -> Attack``: it may look into the 
 its members, its adaptation) and spends about `gradients` per image, every draw counting as one.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,12 +16,14 @@ from probdefense import attacks
 from probdefense.attacks.bpda import Surrogate
 from probdefense.core.defense import Defense
 from probdefense.defenses.jump_relu import surrogates
-from probdefense.evaluation.points import with_draws
+from probdefense.evaluation.points import WithDraws, with_draws
 from probdefense.logits.losses import dlr, predictive_cross_entropy
 from probdefense.nn import BReLU, JumpReLU
 from probdefense.prediction.drawing import is_adaptive
+from probdefense.study.keys import check_keys, check_values
+from probdefense.study.targets import looked_up
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Seed
-from probdefense.validation import check_member
+from probdefense.validation import check_attack, check_member
 
 Opponent = Callable[[Any, int], Attack]
 
@@ -32,6 +35,9 @@ FROZEN_SAMPLES = 4
 OTHER_NORMS = {"cw": 2, "cw_fixed": 2, "ddn": 2, "zoo": 2, "ead": 1}
 """Attacks that minimize another norm than the l-inf of the command: their points count if they lie within."""
 
+FOR_NORM = ("fmn", "deepfool", "hop_skip_jump")
+"""Minimum-norm attacks that take the norm to minimize."""
+
 ROUNDS = 2
 """Simulations of an adaptive defense."""
 
@@ -42,6 +48,30 @@ QUERIES = 10
 def matched_loss(defense: LogitsFn, gradients: int) -> Attack:
     """EOT-PGD on the cross-entropy of the mean probability, which is what the verdict is taken on."""
     return _eot(partial(attacks.pgd, loss=predictive_cross_entropy), defense, gradients, EOT_SAMPLES)
+
+
+def with_momentum(defense: LogitsFn, gradients: int) -> Attack:
+    """Momentum over steps of averages over draws: what noisy gradients of random transforms ask for.
+
+    Sitawarin et al., 2022, [Demystifying the Adversarial Robustness of Random Transformation
+    Defenses](https://arxiv.org/abs/2207.03574). Steps are as large as those of PGD.
+    """
+
+    def momentum_pgd(
+        logits_fn: LogitsFn,
+        x: Inputs,
+        y: Labels,
+        *,
+        eps: float,
+        norm: Norm = math.inf,
+        seed: Seed = None,
+        num_steps: int,
+    ) -> Inputs:
+        size = min(eps, 2.5 * eps / num_steps)
+        attack = partial(attacks.mim, loss=predictive_cross_entropy, step_size=size, num_steps=num_steps)
+        return attack(logits_fn, x, y, eps=eps, norm=norm, seed=seed)
+
+    return _eot(momentum_pgd, defense, gradients, EOT_SAMPLES)
 
 
 def step_control(defense: LogitsFn, gradients: int) -> Attack:
@@ -111,6 +141,52 @@ def named_attack(name: str, defense: Any, gradients: int) -> Attack:
     check_member("attack", name, attack_names())
     opponent = NAMED.get(name)
     return getattr(attacks, name) if opponent is None else opponent(defense, gradients)
+
+
+def own_attack(where: str, settings: Mapping[str, Any], defense: Any, gradients: int, norm: Norm) -> Attack:
+    """An attack with settings of one's own: by a name that the command knows, or ``FILE.py:NAME``.
+
+    Raises:
+        ValueError: an unknown name, or a file that fails.
+    """
+    if ".py:" in where:
+        return _changed(looked_up(where), settings)
+    fixed = {} if norm == math.inf or where not in FOR_NORM else {"norm": norm}
+    return _changed(named_attack(where, defense, gradients), {**fixed, **settings})
+
+
+def _changed(attack: Attack, settings: Mapping[str, Any]) -> Attack:
+    """An attack with other settings, of which ``num_samples`` is the draws per call."""
+    rest = {name: value for name, value in settings.items() if name != "num_samples"}
+    draws = settings.get("num_samples", attack.num_samples if isinstance(attack, WithDraws) else None)
+    inner = attack.attack if isinstance(attack, WithDraws) else attack
+    inner = partial(inner, **rest) if rest else inner
+    return inner if draws is None else with_draws(inner, draws)
+
+
+def check_settings(where: str, settings: Mapping[str, Any]) -> None:
+    """Refuses an attack that is not there, and settings that it does not take.
+
+    Raises:
+        ValueError: see above; an unknown setting with the nearest known one.
+    """
+    if ".py:" in where:
+        function = looked_up(where)
+        check_attack(function, where)
+    else:
+        check_member("attack", where, ["clean", "adaptive", *attack_names(), "FILE.py:NAME"])
+        name = "pgd" if where == "eot_pgd" else where
+        function = getattr(attacks, name) if name in attacks.__all__ else None
+    taken = inspect.signature(function).parameters if function is not None else {}
+    known = {
+        name: each.default
+        for name, each in taken.items()
+        if name not in ("logits_fn", "x", "y", "eps", "norm", "seed") and each.kind is not each.VAR_KEYWORD
+    }
+    if function is not None:
+        known["num_samples"] = 1
+    check_keys(f"the attack {where}", settings, known)
+    check_values(f"the attack {where}", settings, known)
 
 
 def attack_names() -> list[str]:

@@ -9,35 +9,36 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
-from probdefense import attacks, models
+from probdefense import attacks
 from probdefense.core.defense import Defense, deterministic
-from probdefense.data import Split
+from probdefense.data import Split, augmented
+from probdefense.evaluation.examples import gather
 from probdefense.objectives import elbo, warm_up
 from probdefense.rng import derive, forked
+from probdefense.study.nets import Facts, facts_of, net_of
 from probdefense.study.opponents import Opponent, step_control
+from probdefense.study.plans import PLANS, SMOKE, UNTUNED, Plan
 from probdefense.training.averages import ema
 from probdefense.training.loop import fit
-from probdefense.types import Attack, LogitsFn, Objective
+from probdefense.types import Attack, Inputs, LogitsFn, Norm, Objective
 from probdefense.validation import check_member
 
 Make = TypeVar("Make", bound=Callable[..., Any])
 
-BATCH = 64
-INNER_STEPS = 4
-DECAY = 0.99
-"""Of the average of weights that every recipe ends with."""
-
-WARM_UP = 5 / 46
-"""Share of the training in which the radius of its attack grows: 5 of the 46 epochs on digits."""
-
-UNTUNED = 4e-3
-"""Learning rate of every recipe on data that no sweep was made on: what suits digits may be too high."""
+DIGITS = PLANS["digits"]
+BATCH, INNER_STEPS, DECAY, WARM_UP = (
+    DIGITS.batch_size,
+    DIGITS.inner_steps,
+    DIGITS.weight_average,
+    DIGITS.warm_up,
+)
+"""Of the training on digits."""
 
 VALIDATION = (
     "learning rates are the best of 0.004, 0.008, 0.016 and 0.032 by the mean of clean accuracy and accuracy "
@@ -45,6 +46,10 @@ VALIDATION = (
     "(benchmarks/tuning.py)"
 )
 """How the learning rates of the table were found."""
+
+
+def _no_notes(**_: Any) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Recipe:
         cost: Gradients per training step, so that the longest trainings start first.
         base: The recipe that it goes on from.
         notes: From its arguments to what its rows of a report say besides: prior and KL weight.
+        attacked: Whether it trains under attack, which may take other epochs and another rate.
     """
 
     about: str
@@ -68,7 +74,8 @@ class Recipe:
     learning_rate: float | None = None
     cost: int = 1
     base: str | None = None
-    notes: Callable[..., dict[str, Any]] = dict
+    notes: Callable[..., dict[str, Any]] = _no_notes
+    attacked: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -89,7 +96,8 @@ def recipe(
     learning_rate: float | None = UNTUNED,
     cost: int = 1,
     base: str | None = None,
-    notes: Callable[..., dict[str, Any]] = dict,
+    notes: Callable[..., dict[str, Any]] = _no_notes,
+    attacked: bool = False,
 ) -> Callable[[Make], Make]:
     """Makes a function a recipe of ``probdefense compare``, a defense that can be named there.
 
@@ -107,6 +115,7 @@ def recipe(
         cost: Gradients per training step, so that the longest trainings start first.
         base: The recipe that it goes on from.
         notes: From its arguments to what its rows say besides.
+        attacked: Whether it trains under attack, which on some data takes other epochs and another rate.
 
     Returns:
         A decorator that leaves the function as it is.
@@ -135,7 +144,7 @@ def recipe(
             raise ValueError(
                 f"expected a new name for a recipe, got {name!r}, which is {known.about!r}; choose another"
             )
-        RECIPES[name] = Recipe(about, make, opponent, learning_rate, cost, base, notes)
+        RECIPES[name] = Recipe(about, make, opponent, learning_rate, cost, base, notes, attacked)
         return make
 
     return registered
@@ -146,10 +155,23 @@ def _place(make: Callable[..., Any]) -> tuple[str, str]:
     return make.__module__, make.__qualname__
 
 
+class Variant(NamedTuple):
+    """A recipe or an attack with arguments of its own, under a name of its own."""
+
+    of: str
+    arguments: dict[str, Any]
+    epochs: int | None = None
+    learning_rate: float | None = None
+
+
 def learning_rates(data: str) -> dict[str, float]:
-    """By recipe, of those that train: the best of the sweep on digits, one for all on other data."""
-    rates = {name: recipe.learning_rate for name, recipe in RECIPES.items()}
-    return {name: rate if data == "digits" else UNTUNED for name, rate in rates.items() if rate is not None}
+    """By recipe, of those that train: the best of the sweep on digits, that of the plan on other data."""
+    plan = PLANS.get(data, SMOKE)
+    return {
+        name: plan.rate(recipe.learning_rate, recipe.attacked)
+        for name, recipe in RECIPES.items()
+        if recipe.learning_rate is not None
+    }
 
 
 @dataclass
@@ -162,8 +184,16 @@ class Workshop:
         epochs: Of every training.
         seed: Of every training; each recipe has its own stream.
         rates: Learning rates by recipe; those for digits where absent.
-        made: What is trained already, by recipe.
+        made: What is trained already, by name.
         rate: The learning rate of the recipe that is being made.
+        plan: The rest of the training.
+        variants: Recipes with arguments of their own, by the name of their rows.
+        norm: Of the threat model.
+        fabric: The processes that train together, None for this one.
+        device: Where defenses are trained; where they are made if None.
+        attacked_epochs: Of trainings under attack; `epochs` if None.
+        length: The epochs of the recipe that is being made; `epochs` if 0.
+        facts: The shape of an image and the number of classes, read from the data.
     """
 
     data: Split
@@ -173,6 +203,17 @@ class Workshop:
     rates: Mapping[str, float] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
     rate: float = 0.0
+    plan: Plan = DIGITS
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    norm: Norm = math.inf
+    fabric: Any = None
+    device: torch.device | None = None
+    attacked_epochs: int | None = None
+    length: int = 0
+    facts: Facts = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.facts = self.facts or facts_of(self.data.train)
 
     @property
     def num_data(self) -> int:
@@ -182,16 +223,23 @@ class Workshop:
     def make(self, name: str) -> Any:
         """The defense of a recipe, trained once; what is trained does not depend on the order."""
         if name not in self.made:
-            check_member("defense", name, RECIPES)
-            rate = self.rates.get(name, RECIPES[name].learning_rate or 0.0)
+            asked = self.variants.get(name, Variant(name, {}))
+            check_member("defense", asked.of, RECIPES)
+            recipe = RECIPES[asked.of]
+            rate = asked.learning_rate or self.rates.get(asked.of, recipe.learning_rate or 0.0)
+            length = asked.epochs or (recipe.attacked and self.attacked_epochs) or self.epochs
             with forked(derive(self.seed, "recipe", name)):
-                self.made[name] = RECIPES[name].make(replace(self, rate=rate))
+                self.made[name] = recipe.make(replace(self, rate=rate, length=length), **asked.arguments)
         return self.made[name]
 
     def net(self) -> nn.Module:
         """A fresh network for the data."""
-        x, y = self.data.train.tensors
-        return models.small_cnn(in_channels=x.shape[1], num_classes=int(y.max()) + 1)
+        return net_of(self.plan.net, self.facts)
+
+    def images(self, count: int = 2000) -> Inputs:
+        """Training images, so many at most, for what looks at activations."""
+        x = gather(Subset(self.data.train, range(min(count, self.num_data))))[0]
+        return x if self.device is None else x.to(self.device)
 
     def plain(self) -> Defense:
         """A fresh network without randomness."""
@@ -199,24 +247,31 @@ class Workshop:
 
     def fit(self, defense: Defense, objective: Objective = elbo) -> Defense:
         """Trains a defense by Adam with a cosine schedule and an average of weights, as every recipe does."""
-        loader = DataLoader(self.data.train, batch_size=BATCH, shuffle=True)
+        plan, train, epochs = self.plan, self.data.train, self.length or self.epochs
+        if plan.crop or plan.flip:
+            train = augmented(train, crop=plan.crop, flip=plan.flip)
+        loader = DataLoader(train, batch_size=plan.batch_size, shuffle=True, num_workers=plan.workers)
+        if self.device is not None:
+            defense.to(self.device)
         optimizer = torch.optim.Adam(defense.param_groups(), lr=self.rate, fused=True)
         fit(
             defense,
             loader,
-            epochs=self.epochs,
+            epochs=epochs,
             objective=objective,
             optimizer=optimizer,
-            schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs),
-            average=ema(DECAY),
+            schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+            average=ema(plan.weight_average) if plan.weight_average else None,
+            **({} if self.fabric is None else {"fabric": self.fabric}),
         )
         return defense.eval()
 
     def warming(self, attack: Attack) -> Attack:
         """An attack of one training, whose radius grows in its first steps."""
-        steps = WARM_UP * self.epochs * math.ceil(self.num_data / BATCH)
-        return warm_up(attack, eps=self.eps, num_steps=max(1, round(steps)))
+        epochs, batches = self.length or self.epochs, math.ceil(self.num_data / self.plan.batch_size)
+        steps = max(1, round(self.plan.warm_up * epochs * batches))
+        return warm_up(partial(attack, norm=self.norm), eps=self.eps, num_steps=steps)
 
     def inner_attack(self) -> Attack:
         """The inner maximization of adversarial training, from a random start."""
-        return self.warming(partial(attacks.pgd, num_steps=INNER_STEPS))
+        return self.warming(partial(attacks.pgd, num_steps=self.plan.inner_steps))

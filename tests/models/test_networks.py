@@ -26,6 +26,7 @@ SIZES = {
     "wide_resnet 34": (lambda: m.wide_resnet(34), 46_160_474),
     "resnext29": (m.resnext29, 9_128_778),
     "madry_cnn": (m.madry_cnn, 3_274_634),
+    "strided_cnn": (m.strided_cnn, 166_406),
     "cohen_lenet": (m.cohen_lenet, 431_080),
 }
 """Parameters as their papers and usual implementations count them."""

@@ -14,6 +14,7 @@ from probdefense.study.workshop import (
     VALIDATION,
     WARM_UP,
     Recipe,
+    Variant,
     Workshop,
     learning_rates,
     recipe,
@@ -28,12 +29,13 @@ __all__ = [
     "VALIDATION",
     "WARM_UP",
     "Recipe",
+    "Variant",
     "Workshop",
     "learning_rates",
     "recipe",
 ]
 
-ROOMS = ("baselines", "noise", "weights", "adaptation")
+ROOMS = ("baselines", "noise", "features", "inputs", "weights", "adaptation")
 """Our files of recipes, in the order of the catalog."""
 
 for room in ROOMS:

@@ -19,8 +19,8 @@ from probdefense.types import LogitsFn
 )
 def jump_relu(shop: Workshop, share: float = 0.3) -> LogitsFn:
     """A threshold at a quantile of each layer's activations."""
-    trained, x = shop.make("madry"), shop.data.train.tensors[0]
-    return defenses.jump_relu(trained, kappa=quantiles(trained, x, share=share)).eval()
+    trained = shop.make("madry")
+    return defenses.jump_relu(trained, kappa=quantiles(trained, shop.images(), share=share)).eval()
 
 
 @recipe(
@@ -37,7 +37,7 @@ def runtime_cleansing(
     return rmc(
         shop.make("madry"),
         shop.data.train,
-        attack=partial(attacks.pgd, eps=shop.eps, num_steps=10, step_size=shop.eps / 5),
+        attack=partial(attacks.pgd, eps=shop.eps, norm=shop.norm, num_steps=10, step_size=shop.eps / 5),
         num_neighbors=num_neighbors,
         max_epochs=max_epochs,
         learning_rate=1e-3,

@@ -53,7 +53,9 @@ def brelu(shop: Workshop, ceiling: float = 1.0, sigma: float | None = None) -> L
     return shop.fit(defenses.brelu(shop.net(), ceiling=ceiling), gaussian_augmented(elbo, sigma=noise))
 
 
-@recipe("madry", about="PGD adversarial training (Madry et al., 2018)", cost=5, learning_rate=16e-3)
+@recipe(
+    "madry", about="PGD adversarial training (Madry et al., 2018)", cost=5, learning_rate=16e-3, attacked=True
+)
 def madry(shop: Workshop) -> LogitsFn:
     """Training on attacked images."""
     return shop.fit(shop.plain(), adversarial(elbo, shop.inner_attack()))
@@ -64,6 +66,7 @@ def madry(shop: Workshop) -> LogitsFn:
     about="adversarial training by one random FGSM step (Wong et al., 2020)",
     cost=2,
     learning_rate=16e-3,
+    attacked=True,
 )
 def fast(shop: Workshop) -> LogitsFn:
     """As `madry`, with one step."""
@@ -76,6 +79,7 @@ def fast(shop: Workshop) -> LogitsFn:
     about="TRADES: clean loss and KL to attacked answers (Zhang et al., 2019)",
     cost=6,
     learning_rate=8e-3,
+    attacked=True,
 )
 def trades_training(shop: Workshop, beta: float = 3.0) -> LogitsFn:
     """Answers to attacked images are held to those to clean ones."""

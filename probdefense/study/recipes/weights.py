@@ -54,6 +54,7 @@ def bayesian(shop: Workshop, prior_scale: float = 1.0, kl_weight: float = 1.0) -
     cost=5,
     notes=_prior,
     learning_rate=4e-3,
+    attacked=True,
 )
 def adv_bnn(shop: Workshop, prior_scale: float = 1.0, kl_weight: float = 1.0) -> LogitsFn:
     """The ELBO of attacked images."""
@@ -67,6 +68,7 @@ def adv_bnn(shop: Workshop, prior_scale: float = 1.0, kl_weight: float = 1.0) ->
     opponent=opponents.matched_loss,
     cost=6,
     learning_rate=8e-3,
+    attacked=True,
 )
 def pni(shop: Workshop, alpha_init: float = 0.25, weight: float = 0.5) -> LogitsFn:
     """Noise in proportion to the deviation of each tensor, half of the loss under attack."""

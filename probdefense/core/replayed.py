@@ -97,7 +97,13 @@ class Replayed:
                 )
 
     def logits(
-        self, x: Inputs, num_samples: int, max_batch: int | None, backend: str, seed: int | None = None
+        self,
+        x: Inputs,
+        num_samples: int,
+        max_batch: int | None,
+        backend: str,
+        seed: int | None = None,
+        antithetic: bool = False,
     ) -> Tensor:
         """Logits of fresh draws, ``(samples, batch, classes)``; with `seed` of draws that belong to it."""
         members = []
@@ -159,6 +165,12 @@ class Replayed:
     def _answer(logits: Any, x: Inputs) -> Tensor:
         check_output(logits, len(x))
         return logits
+
+    def log_prior(self, x: Inputs, draws: Draws) -> Draws:
+        """Log density of every latent site of the model at given values of some, in nats, by site."""
+        with own_params(), held_still(self.model), Given(draws):
+            model = poutine.trace(self.model).get_trace(x.clone(), _any_labels(x))
+        return {n: site["fn"].log_prob(site["value"]).sum() for n, site in random_sites(model).items()}
 
     def traces(self, x: Inputs) -> tuple[Trace, Trace]:
         """One run of the guide and one of the model at its values."""

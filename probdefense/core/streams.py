@@ -106,8 +106,6 @@ class Keys:
         trained: Whether values have gradients in the parameters.
     """
 
-    repeats = True
-
     def __init__(
         self,
         model: Model,
@@ -124,6 +122,7 @@ class Keys:
         self.model, self.seed, self.num_samples, self.ids = model, seed, num_samples, ids
         self.device = ids.device if device is None and ids is not None else torch.device(device or "cpu")
         self.end = None if whole or ids is None else len(ids)
+        self.repeats = not trained  # a pass that is run again gives no gradient of parameters
         self.antithetic, self.trained, self.shared = antithetic, trained, ids is None
         with self._tracked():
             self.sites = Posteriors(model if frozen else None)

@@ -47,14 +47,22 @@ class Vectorized:
         return bool(self.model.sites)
 
     def logits(
-        self, x: Inputs, num_samples: int, max_batch: int | None, backend: str, seed: int | None = None
+        self,
+        x: Inputs,
+        num_samples: int,
+        max_batch: int | None,
+        backend: str,
+        seed: int | None = None,
+        antithetic: bool = False,
     ) -> Tensor:
         """Logits of fresh draws, ``(samples, batch, classes)``; with `seed` of draws that belong to it."""
         if not self.stochastic and len(x) <= (max_batch or ROWS):
             return self.at(x, {})
-        if seed is None:
+        if seed is None and not antithetic:
             return self.answers(x, Fresh(self.model, num_samples), num_samples, max_batch, backend)
-        keys = Keys(self.model, seed, num_samples, torch.arange(len(x), device=x.device))
+        ids, trained = torch.arange(len(x), device=x.device), seed is None
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        keys = Keys(self.model, seed, num_samples, ids, antithetic=antithetic, trained=trained)
         return self.answers(x, keys, num_samples, max_batch, backend)
 
     def answers(

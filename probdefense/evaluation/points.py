@@ -12,12 +12,12 @@ from torch import Tensor
 
 from probdefense.evaluation.arrays import exact
 from probdefense.evaluation.examples import Chunk
-from probdefense.logits.adapters import Samples, as_logits_fn, counted
+from probdefense.logits.adapters import DRAWS, Samples, as_logits_fn, counted, with_options
 from probdefense.ops import lp_norm, reach
 from probdefense.prediction.drawing import Keyed
 from probdefense.rng import derive, forked, hash_keys
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm
-from probdefense.validation import check_attack, check_count
+from probdefense.validation import check_attack, check_count, check_member
 
 ATTACK_SAMPLES = 16
 """Draws per attack call on a random defense, unless `with_draws` says otherwise."""
@@ -32,18 +32,22 @@ class WithDraws:
 
     attack: Attack
     num_samples: int
+    draws: str = "independent"
 
     def __call__(self, logits_fn: LogitsFn, x: Inputs, y: Labels, **options: Any) -> Inputs:
         """The attack on the function with that number of draws."""
-        return self.attack(Samples(as_logits_fn(logits_fn), self.num_samples), x, y, **options)
+        drawn = with_options(as_logits_fn(logits_fn), self.num_samples, self.draws)
+        return self.attack(drawn, x, y, **options)
 
 
-def with_draws(attack: Attack, num_samples: int) -> WithDraws:
+def with_draws(attack: Attack, num_samples: int, draws: str = "independent") -> WithDraws:
     """An attack that sees a random defense with a given number of draws per call.
 
     Args:
         attack: Any attack.
         num_samples: 1 for one draw per step, more for expectation over transformation.
+        draws: ``"antithetic"`` for pairs of draws that differ in sign, whose gradients vary
+            less; what an attack decides on stays independent.
 
     Returns:
         An attack with the options of `attack`.
@@ -58,7 +62,8 @@ def with_draws(attack: Attack, num_samples: int) -> WithDraws:
         16
     """
     check_attack(attack)
-    return WithDraws(attack, check_count("num_samples", num_samples))
+    check_member("draws", draws, DRAWS)
+    return WithDraws(attack, check_count("num_samples", num_samples), draws)
 
 
 class Threat(NamedTuple):

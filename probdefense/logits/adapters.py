@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from probdefense.logits.rules import as_rule
 from probdefense.types import Inputs, Logits, LogitsFn, Rule
-from probdefense.validation import check_answer, check_bare, check_count, check_logits
+from probdefense.validation import check_answer, check_bare, check_count, check_logits, check_member
 
 
 class Samples:
@@ -19,34 +19,35 @@ class Samples:
     Args:
         logits_fn: The function to draw from.
         num_samples: Draws per call.
+        options: Of every call, such as ``draws="antithetic"``.
 
     Raises:
         ValueError: `num_samples` below 1.
     """
 
-    def __init__(self, logits_fn: LogitsFn, num_samples: int):
+    def __init__(self, logits_fn: LogitsFn, num_samples: int, **options: Any):
         check_count("num_samples", num_samples)
-        self.logits_fn, self.num_samples = logits_fn, num_samples
+        self.logits_fn, self.num_samples, self.draw_options = logits_fn, num_samples, options
 
     @property
     def stochastic(self) -> bool:
         """As the function it draws from."""
         return self.logits_fn.stochastic
 
-    def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
+    def __call__(self, x: Inputs, num_samples: int | None = None, **options: Any) -> Logits:
         """``(num_samples, batch, classes)``."""
-        return self.logits_fn(x, num_samples or self.num_samples)
+        return self.logits_fn(x, num_samples or self.num_samples, **{**self.draw_options, **options})
 
     def freeze(self, num_samples: int | None = None) -> LogitsFn:
-        """The function with its randomness fixed."""
+        """The function with its randomness fixed, its draws independent."""
         return self.logits_fn.freeze(num_samples or self.num_samples)
 
-    def samples(self, num_samples: int) -> "Samples":
+    def samples(self, num_samples: int, **options: Any) -> "Samples":
         """The same function with another number of draws."""
-        return Samples(self.logits_fn, num_samples)
+        return Samples(self.logits_fn, num_samples, **options)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "logits_fn":
+        if name.startswith("_") or name in ("logits_fn", "draw_options"):
             raise AttributeError(name)
         return getattr(self.logits_fn, name)
 
@@ -82,9 +83,9 @@ class Counted:
         """Backward evaluations with respect to the input so far, example x draw."""
         return self.counts.gradients
 
-    def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
+    def __call__(self, x: Inputs, num_samples: int | None = None, **options: Any) -> Logits:
         """``(samples, batch, classes)``, counted."""
-        logits = self.logits_fn(x, num_samples)
+        logits = self.logits_fn(x, num_samples, **options)
         self.counts.queries += logits.shape[0] * logits.shape[1]
         if logits.requires_grad and x.requires_grad:
             logits.register_hook(self._count_gradient)
@@ -183,6 +184,34 @@ def as_logits_fn(function: Any) -> LogitsFn:
         )
     check_bare(function)
     return Bare(function)
+
+
+DRAWS = ("independent", "antithetic")
+"""How the draws of a call belong together."""
+
+
+def with_options(logits_fn: LogitsFn, num_samples: int, draws: str = "independent") -> Samples:
+    """The function with a fixed number of draws, which may come in antithetic pairs.
+
+    Raises:
+        ValueError: pairs of a random function that has none.
+    """
+    check_member("draws", draws, DRAWS)
+    if draws == "independent" or not logits_fn.stochastic:
+        return Samples(logits_fn, num_samples)
+    if not getattr(logits_fn, "pairs_draws", False):
+        raise ValueError(
+            f"expected draws='independent' of {type(logits_fn).__name__}, got 'antithetic', which needs the "
+            "location of every random value: only a defense made by the builders, or by Defense.from_sites, "
+            "knows it; a pair of Pyro programs of your own draws independently"
+        )
+    return Samples(logits_fn, num_samples, draws=draws)
+
+
+def independent(logits_fn: LogitsFn) -> dict[str, str]:
+    """The options with which a call of the function has independent draws."""
+    paired = getattr(logits_fn, "draw_options", {}).get("draws", "independent") != "independent"
+    return {"draws": "independent"} if paired else {}
 
 
 def can_freeze(logits_fn: LogitsFn) -> bool:

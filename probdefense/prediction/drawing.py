@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probdefense.logits.adapters import Samples, can_freeze
+from probdefense.logits.adapters import Samples, can_freeze, with_options
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Logits, LogitsFn
 from probdefense.validation import check_answer
@@ -86,11 +86,11 @@ class Keyed:
         """As the function itself."""
         return self.logits_fn.stochastic
 
-    def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
+    def __call__(self, x: Inputs, num_samples: int | None = None, **options: Any) -> Logits:
         """``(samples, batch, classes)``."""
         key = self._next()
         if hasattr(self.logits_fn, "drawn"):
-            return self.logits_fn.drawn(x, num_samples, seed=key, max_batch=self.draw_chunk)
+            return self.logits_fn.drawn(x, num_samples, seed=key, max_batch=self.draw_chunk, **options)
         with forked(key, x.device):
             return self.logits_fn(x, num_samples)
 
@@ -99,9 +99,9 @@ class Keyed:
         """The function with its randomness fixed, of the next call's draws; None if it cannot."""
         return self._freeze if can_freeze(self.logits_fn) else None
 
-    def samples(self, num_samples: int) -> Samples:
+    def samples(self, num_samples: int, draws: str = "independent") -> Samples:
         """The same function with a fixed number of draws."""
-        return Samples(self, num_samples)
+        return with_options(self, num_samples, draws)
 
     def _freeze(self, num_samples: int) -> LogitsFn:
         with forked(self._next()):

@@ -146,8 +146,8 @@ class _Guarded:
     def stochastic(self) -> bool:
         return self.logits_fn.stochastic
 
-    def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
-        logits = self.logits_fn(self._as_asked(x), num_samples)  # about a copy: networks may work in place
+    def __call__(self, x: Inputs, num_samples: int | None = None, **options: Any) -> Logits:
+        logits = self.logits_fn(self._as_asked(x), num_samples, **options)  # about a copy: networks may work in place
         check_logits(logits, len(x))
         if not self.seen:
             self.seen = True

@@ -6,14 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probdefense.logits.adapters import independent
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, LossFn
 from probdefense.validation import check_values
 
 
 def ask(logits_fn: LogitsFn, x: Inputs, num_samples: int | None = None) -> Logits:
-    """An answer that nobody will differentiate."""
+    """An answer that nobody will differentiate, of independent draws: something is decided on it."""
     with torch.no_grad():
-        return logits_fn(x, num_samples)
+        return logits_fn(x, num_samples, **independent(logits_fn))
 
 
 class Gradient(NamedTuple):

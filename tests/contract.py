@@ -17,12 +17,14 @@ from probdefense.objectives import (
     distilled,
     elbo,
     gaussian_augmented,
+    information_gain,
     harmonic,
     mixed,
     multi_sample,
     rewarded,
     smooth_adversarial,
     stability,
+    svgd,
     trades,
     warm_up,
 )
@@ -106,6 +108,7 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "brelu": partial(pd.defenses.brelu, num_data=N),
     "mc_dropout": partial(pd.defenses.mc_dropout, num_data=N, rate=0.4),
     "ensemble": lambda net: pd.defenses.ensemble([net, tiny_net()], num_data=N),
+    "particles": lambda net: pd.defenses.particles([net, tiny_net()], num_data=N),
     "from_samples": lambda net: pd.defenses.from_samples(net, around(net), num_data=N),
     "rse on from_samples": lambda net: pd.defenses.rse(
         pd.defenses.from_samples(net, around(net)), num_data=N
@@ -116,7 +119,7 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
 DETERMINISTIC = {"deterministic", "jump_relu", "jump_relu learned", "brelu"}
 """Builders that make nothing random."""
 
-ENSEMBLES = {"ensemble", "rse on ensemble"}
+ENSEMBLES = {"ensemble", "particles", "rse on ensemble"}
 """Several networks: names get the prefix of a member, and a Pyro program trains one member per step."""
 
 DISCRETE = {"mc_dropout", "from_samples", "rse on from_samples", *ENSEMBLES}
@@ -178,6 +181,10 @@ OBJECTIVES = {
     "distilled": distilled(pd.deterministic(tiny_net()), temperature=20.0),
     "gaussian_augmented": gaussian_augmented(elbo, sigma=0.1),
     "rewarded": rewarded(elbo, harmonic(0.1, num_steps=2), reward=lambda defense, x: defense(x).std()),
+    "svgd": svgd(),
+    "information_gain": information_gain(
+        elbo, partial(pd.attacks.pgd, eps=0.1, num_steps=2), weight=0.5
+    ),
     "trades": trades(partial(pd.attacks.pgd, eps=0.1, num_steps=2), beta=2.0),
     "smooth_adversarial": smooth_adversarial(elbo, partial(pd.attacks.pgd, norm=2, eps=0.3, num_steps=2)),
     "smooth_adversarial, consistent": smooth_adversarial(

@@ -9,6 +9,7 @@ from probdefense.defenses.from_samples import from_samples
 from probdefense.defenses.gaussian import gaussian as gaussian
 from probdefense.defenses.jump_relu import jump_relu, quantiles, surrogates, tune_kappa
 from probdefense.defenses.mc_dropout import mc_dropout
+from probdefense.defenses.particles import particles
 from probdefense.defenses.pni import pni
 from probdefense.defenses.random_transforms import random_transforms
 from probdefense.defenses.rse import rse
@@ -23,6 +24,7 @@ __all__ = [
     "from_samples",
     "jump_relu",
     "mc_dropout",
+    "particles",
     "pni",
     "quantiles",
     "random_transforms",

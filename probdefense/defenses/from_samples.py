@@ -40,7 +40,7 @@ def from_samples(
     weights: Sequence[float] | Tensor | None = None,
     num_data: int | None = None,
 ) -> Defense:
-    r"""Makes the weights of a network one of several given states, $\theta \sim \sum_k w_k \delta_{\theta_k}$.
+    r"""Makes the weights of a network one of given states, $\theta \sim \sum_k w_k \delta_{\theta_k}$.
 
     Draws go round the states in random order, so ``num_samples=K`` asks each exactly once, and the mean is
     that over the given networks; fewer draws are a random subset. Other weights than $1/K$ are drawn

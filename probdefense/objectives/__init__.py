@@ -9,9 +9,11 @@ from probdefense.objectives.adversarial import adversarial, mixed, warm_up
 from probdefense.objectives.augmentation import gaussian_augmented
 from probdefense.objectives.distillation import distilled
 from probdefense.objectives.elbo import Schedule, elbo, multi_sample
+from probdefense.objectives.information import information_gain
 from probdefense.objectives.module import LossModule
 from probdefense.objectives.rewards import alignment, entropy, harmonic, rewarded, root_scale
 from probdefense.objectives.smoothing import consistency, smooth_adversarial, stability
+from probdefense.objectives.svgd import stein_direction, svgd
 from probdefense.objectives.trades import trades
 
 __all__ = [
@@ -25,12 +27,15 @@ __all__ = [
     "entropy",
     "gaussian_augmented",
     "harmonic",
+    "information_gain",
     "mixed",
     "multi_sample",
     "rewarded",
     "root_scale",
     "smooth_adversarial",
     "stability",
+    "stein_direction",
+    "svgd",
     "trades",
     "warm_up",
 ]

@@ -109,7 +109,7 @@ def _record(net: Any) -> dict[str, Any]:
     if type(net) is nn.Sequential:
         return {"layers": [[name, _record(layer)] for name, layer in net.named_children()]}
     home = next((home for home, place in HOMES.items() if _holds(place, type(net))), None)
-    if home is None or list(net.children()):
+    if home is None or list(net.children()) or type(net).forward is nn.Module.forward:
         raise LookupError(type(net).__name__)
     return {"layer": f"{home}.{type(net).__name__}", "settings": _settings(net)}
 

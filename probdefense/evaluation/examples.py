@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader
 
-from probdefense.prediction.drawing import ROWS
+from probdefense.prediction.reading import batches
 from probdefense.types import Data, Inputs, Labels
-from probdefense.validation import check_count, check_examples, check_like
+from probdefense.validation import check_count
 
 
 class Chunk(NamedTuple):
@@ -72,49 +72,6 @@ def gather(data: Data) -> tuple[Inputs, Labels]:
     if not found:
         raise ValueError("expected at least one batch (x, y), got an empty loader; look at its data")
     return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
-
-
-def batches(data: Data, ordered: bool = False) -> Iterator[tuple[Inputs, Labels]]:
-    """Batches ``(x, y)`` in the order given; with `ordered` that order must be the same every time.
-
-    Raises:
-        TypeError: neither tensors nor a data set nor a loader.
-        ValueError: a loader that shuffles, or batches of something else than pairs.
-    """
-    if isinstance(data, tuple) and not all(isinstance(part, tuple | list) for part in data):
-        yield check_examples(data)
-        return
-    if isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=ROWS, generator=torch.Generator())  # its own: a loader draws
-    if isinstance(data, DataLoader) and ordered:
-        _refuse_shuffling(data)
-    arrays = isinstance(data, Tensor) or hasattr(data, "__array__")
-    if arrays or isinstance(data, str | dict) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"expected (x, y), a data set or a loader of batches, got {type(data).__name__}; give a pair of "
-            "tensors"
-        )
-    first = None
-    for batch in data:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            came = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-            raise ValueError(
-                f"expected batches (x, y), got {came}; wrap the data so that every batch is a pair of images "
-                "and labels"
-            )
-        x, y = check_examples(batch)
-        first = x[:1] if first is None else first
-        yield check_like(x, first, "every batch"), y
-
-
-def _refuse_shuffling(loader: DataLoader) -> None:
-    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler.sampler  # type: ignore[attr-defined]
-    ordered = isinstance(sampler, SequentialSampler) or type(sampler).__name__ == "_InfiniteConstantSampler"
-    if not ordered:
-        raise ValueError(
-            f"expected a loader that keeps the order of its data, got one with a {type(sampler).__name__}; "
-            "the draws of a verdict belong to the numbers of the examples: make it with shuffle=False"
-        )
 
 
 def _regrouped(pairs: Iterable[tuple[Inputs, Labels]], size: int) -> Iterator[tuple[Inputs, Labels]]:

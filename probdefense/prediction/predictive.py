@@ -5,6 +5,7 @@ $$ p(y|x) = \frac1S \sum_s \mathrm{softmax}(z_s), \qquad
    \underbrace{I(y; \theta)}_{\text{mutual information}} $$
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 from probdefense.logits.adapters import as_logits_fn, can_freeze
 from probdefense.logits.rules import mean_prob
 from probdefense.ops import entropy
+from probdefense.prediction.reading import inputs
 from probdefense.prediction.sequential import settle
+from probdefense.progress import track
 from probdefense.rng import forked
 from probdefense.tables import html_table
-from probdefense.types import Inputs, Logits, LogitsFn
-from probdefense.validation import check_answer, check_count, check_inputs, check_seed, check_share
+from probdefense.types import Data, Inputs, LogitsFn
+from probdefense.validation import check_answer, check_count, check_seed, check_share
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,7 +87,7 @@ class Prediction:
 
 def predict(
     logits_fn: LogitsFn,
-    x: Inputs,
+    x: Inputs | Data,
     num_samples: int = 50,
     *,
     alpha: float | None = None,
@@ -92,8 +95,9 @@ def predict(
 ) -> Prediction:
     r"""Averages the probabilities of draws: the prediction of an ensemble.
 
-    The draws are common to the batch (weights and noise are drawn once per sample), which costs
-    little more than the forward passes and leaves every example's own prediction as it would be.
+    The draws are common to all examples (weights and noise are drawn once per sample), which costs
+    little more than the forward passes and leaves every example's own prediction as it would be. Of a
+    loader one batch is in memory at a time, and its batches share the draws too.
 
     With `alpha` the ensemble is sequential: every example draws until its label is settled and abstains
     if `num_samples` draws do not settle it. A settled label differs from that of infinitely many draws
@@ -102,7 +106,8 @@ def predict(
 
     Args:
         logits_fn: A `Defense` or any `LogitsFn`.
-        x: ``(batch, *event)`` in [0, 1].
+        x: ``(batch, *event)`` in [0, 1]; or a data set, or a loader that keeps the order of its data, of
+            inputs or of pairs whose labels are not looked at.
         num_samples: Draws, at most if sequential; a function without randomness gives the one that it
             has, and is settled by it.
         alpha: The chance of a wrong settled label; None for a fixed number of draws.
@@ -113,7 +118,8 @@ def predict(
         ``num_samples`` is per example.
 
     Raises:
-        ValueError: bad inputs, `num_samples` below 1, or `alpha` outside (0, 1).
+        TypeError: `x` in another form.
+        ValueError: bad inputs, a loader that shuffles, `num_samples` below 1, or `alpha` outside (0, 1).
 
     References:
         Liu et al., 2018, [Towards Robust Neural Networks via Random
@@ -129,21 +135,61 @@ def predict(
         >>> bool((sequential.num_samples <= 20).all())
         True
     """
-    num_samples, x = check_count("num_samples", num_samples), check_inputs(x)
+    num_samples = check_count("num_samples", num_samples)
     seed = None if seed is None else check_seed(seed)
     alpha = None if alpha is None else check_share("alpha", alpha)
     logits_fn = as_logits_fn(logits_fn)
-    with torch.no_grad(), forked(seed, x.device):
+    device = getattr(x[0] if isinstance(x, tuple) else x, "device", None)
+    with torch.no_grad(), forked(seed, device):
         if alpha is not None and logits_fn.stochastic:
-            race = settle(logits_fn, x, alpha, num_samples)
-            total, count = race.log_total, race.num_samples
-            log_probs = total - count.to(total.dtype).log().unsqueeze(1)
-            return Prediction(log_probs, race.entropy / count, count, race.label)
-        logits = draw_logits(logits_fn, x, num_samples)
+            return _joined([_settled(logits_fn, part, num_samples, alpha) for part in _parts(x)])
+        source = _drawn_once(logits_fn, num_samples)
+        return _joined([_averaged(source, part, num_samples) for part in _parts(x)])
+
+
+def _parts(x: Inputs | Data) -> Iterable[Inputs]:
+    return track(inputs(x), "predict", None)
+
+
+def _settled(logits_fn: LogitsFn, x: Inputs, num_samples: int, alpha: float) -> Prediction:
+    """The prediction of a batch whose examples draw until their labels are settled."""
+    race = settle(logits_fn, x, alpha, num_samples)
+    total, count = race.log_total, race.num_samples
+    log_probs = total - count.to(total.dtype).log().unsqueeze(1)
+    return Prediction(log_probs, race.entropy / count, count, race.label)
+
+
+def _averaged(source: LogitsFn, x: Inputs, num_samples: int) -> Prediction:
+    """The prediction of a batch by a fixed number of draws."""
+    logits = check_answer(source(x, num_samples), len(x), "the draws of a prediction")
     return Prediction(mean_prob(logits), entropy(logits.log_softmax(-1)).mean(0), len(logits))
 
 
-def draw_logits(logits_fn: LogitsFn, x: Inputs, num_samples: int) -> Logits:
-    """Logits of draws common to the batch where the function can freeze, of fresh ones elsewhere."""
-    source = logits_fn.freeze(num_samples) if logits_fn.stochastic and can_freeze(logits_fn) else logits_fn
-    return check_answer(source(x, num_samples), len(x), "the draws of a prediction")
+def _joined(parts: Sequence[Prediction]) -> Prediction:
+    """The predictions of all batches as one.
+
+    Raises:
+        ValueError: batches with different numbers of draws.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    counts = [part.num_samples for part in parts]
+    if isinstance(first.num_samples, int) and len(set(counts)) > 1:
+        raise ValueError(
+            f"expected as many draws for every batch, got {', '.join(map(str, counts))}; let the function "
+            "answer with num_samples draws"
+        )
+    return Prediction(
+        torch.cat([part.log_probs for part in parts]),
+        torch.cat([part.expected_entropy for part in parts]),
+        first.num_samples
+        if isinstance(first.num_samples, int)
+        else torch.cat([*map(torch.as_tensor, counts)]),
+        None if first.decided is None else torch.cat([part.label for part in parts]),
+    )
+
+
+def _drawn_once(logits_fn: LogitsFn, num_samples: int) -> LogitsFn:
+    """The function at draws common to all examples where it can freeze, at fresh ones elsewhere."""
+    return logits_fn.freeze(num_samples) if logits_fn.stochastic and can_freeze(logits_fn) else logits_fn

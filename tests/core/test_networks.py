@@ -53,6 +53,8 @@ def _tied():
 
 UNRECORDED = {
     "of one's own": lambda: Own(2, 2),
+    "bare": nn.Module,
+    "a list": lambda: nn.ModuleList([]),
     "in a stack": lambda: nn.Sequential(nn.Flatten(), Own(2, 2)),
     "twice": lambda: nn.Sequential(*[nn.Linear(2, 2)] * 2),
     "tied": _tied,

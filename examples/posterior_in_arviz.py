@@ -33,7 +33,8 @@ def main(quick: bool = False, out: str | None = None) -> Any:
     x, y = pd.data.digits().train.tensors
     fits = [fitted(seed, epochs=2 if quick else 30) for seed in (0, 1)]
     tree = pd.to_arviz(fits, (x[:100], y[:100]), num_samples=100)
-    print(arviz.summary(tree, var_names=["noise_scale", "signal_to_noise"], kind="stats"))
+    print(arviz.summary(tree, var_names=["noise_rms", "weight_rms"], kind="stats"))
+    print(tree["constant_data"]["noise_scale"].to_series())
 
     r_hat = arviz.rhat(tree["log_likelihood"]["y"])
     worst = float(np.max(np.asarray(r_hat["y"] if hasattr(r_hat, "data_vars") else r_hat)))

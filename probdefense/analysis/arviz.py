@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from probdefense.analysis.fits import chains_of, in_chains, posterior, read_fit
+import probdefense
+from probdefense.analysis.fits import Fit, Named, chains_of, constants, in_chains, random, read_fit
+from probdefense.analysis.pictures import groups_of
 from probdefense.core.defense import Defense
 from probdefense.evaluation.report import Report, check_report
 from probdefense.prediction.predictive import Prediction
@@ -29,6 +32,9 @@ from probdefense.validation import (
     check_seed,
 )
 
+DRAWN = ("posterior", "posterior_predictive", "prior", "prior_predictive")
+"""Groups of draws."""
+
 Groups = dict[str, dict[str, np.ndarray]]
 
 ENTROPIES = ("predictive_entropy", "expected_entropy", "mutual_information")
@@ -42,19 +48,23 @@ def to_arviz(
     adversarial: Mapping[float, Inputs] | None = None,
     weights: bool = False,
     seed: int = 0,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Any:
     r"""An ArviZ container (``InferenceData`` in 0.x, ``DataTree`` in 1.x) with named axes.
 
-    Of a defense: **posterior** holds ``noise_scale`` by layer (constants too), ``weight_scale``
-    $\sigma$, ``signal_to_noise`` $|\mu| / \sigma$ and ``prior_scale`` by parameter, and the draws of
-    the last layer and of hyper-parameters (what other priors depend on); **posterior_predictive** the
-    probabilities and a sampled label of every draw; **log_likelihood**
-    $\log p(y_i \mid x_i, \theta_s, \varepsilon_s)$ in nats; **predictions** the probabilities on
-    adversarial inputs by radius; **observed_data** and **constant_data** the labels and inputs. A latent
-    of yours with one of our names keeps it, and ours becomes ``weight_scale_1``. Several defenses of one
-    kind, fitted independently, become several chains, and then R-hat says whether fits agree; with one
-    fit no R-hat is claimed. Samples of `from_samples` come in their order: one chain of
-    `num_samples` draws that go round, or the chains that were given, each with at most `num_samples` draws,
+    Of a defense: **posterior** holds what varies by draw: ``noise_rms`` by layer, ``weight_rms`` by random
+    parameter, and the draws of the last layer and of hyper-parameters (what other priors depend on);
+    **prior** the same drawn from the priors (where every site has one), **log_prior** their density at the
+    draws of the guide, by site; **posterior_predictive** and **prior_predictive** the probabilities and a
+    sampled label of every draw; **log_likelihood** $\log p(y_i \mid x_i, \theta_s, \varepsilon_s)$ in
+    nats; **predictions** the probabilities on adversarial inputs by radius; **observed_data** the labels;
+    **constant_data** the inputs, and what no draw changes: ``noise_scale`` by layer, ``weight_scale``
+    $\sigma$, ``signal_to_noise`` $|\mu| / \sigma$ and ``prior_scale`` by parameter. A latent of yours named
+    ``weight_rms`` keeps its name, and ours becomes ``weight_rms_1``. Several defenses of one kind, fitted
+    independently, become several chains, and then R-hat says whether fits agree; with one fit no R-hat is
+    claimed. Samples of `from_samples` come by chain and in their order, at most `num_samples` of each,
     evenly spaced.
 
     Of a report: **posterior** holds draws of every accuracy from one weighted Bayesian bootstrap over
@@ -68,13 +78,18 @@ def to_arviz(
         adversarial: Attacked inputs by radius in pixels, each like `x`.
         weights: Whether every random weight is kept besides.
         seed: Of the draws.
+        coords: Of a defense, coordinates by axis, for example ``{"example": file_names}``.
+        dims: Of a defense, names of the axes of a variable behind ``(chain, draw)``, such as
+            ``{"head.weight": ["class", "feature"]}``; by default ``head.weight_dim_0`` and so on.
+        class_names: Coordinates of the axis ``class``.
 
     Returns:
-        The container; ``to_netcdf`` writes it.
+        The container; ``to_netcdf`` writes it. Its attributes name library, version, seed, defense and rule.
 
     Raises:
         TypeError: another kind of source, or no data for a defense.
-        ValueError: fits with different variables, or weights that would not fit in memory.
+        ValueError: fits with different variables, weights that would not fit in memory, or coordinates and
+            names of axes that do not fit the variables.
 
     References:
         Kumar et al., 2019, [ArviZ, a unified library for exploratory analysis of Bayesian models in
@@ -84,8 +99,8 @@ def to_arviz(
         >>> import probdefense as pd
         >>> defense = pd.defenses.rse(pd.models.small_cnn())
         >>> tree = to_arviz(defense, (torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])), num_samples=4)
-        >>> tree["posterior"]["noise_scale"].mean(("chain", "draw")).values.round(3)
-        array([0.2, 0.1], dtype=float32)
+        >>> tree["constant_data"]["noise_scale"].values.round(3), tree["posterior"]["noise_rms"].shape
+        (array([0.2, 0.1], dtype=float32), (1, 4, 2))
     """
     num_samples, seed = check_count("num_samples", num_samples), check_seed(seed)
     if isinstance(source, Report):
@@ -107,7 +122,10 @@ def to_arviz(
     adversarial = {} if adversarial is None else adversarial
     check_kind("adversarial", adversarial, Mapping, "give attacked inputs by radius, as in {0.1: x_adv}")
     attacked = {eps: _attacked(points, data[0]) for eps, points in adversarial.items()}
-    return _of_fits(fits, data, num_samples, attacked, weights, seed)
+    own = dict(coords or {}) | ({} if class_names is None else {"class": class_names})
+    check_kind("dims", dims or {}, Mapping, "give names of axes by variable, as in {'weight': ['class']}")
+    axes = {name: [*several] for name, several in (dims or {}).items()}
+    return _of_fits(fits, data, num_samples, attacked, weights, seed, {n: [*v] for n, v in own.items()}, axes)
 
 
 def _attacked(points: Any, x: Inputs) -> Inputs:
@@ -131,9 +149,13 @@ def from_groups(
 
     from_dict: Any = arviz.from_dict
     named: dict[str, Any] = {"coords": coords, "dims": dims, "pred_dims": pred_dims, "pred_coords": coords}
-    if "data" in inspect.signature(from_dict).parameters:
+    known = inspect.signature(from_dict).parameters
+    if "data" in known:
         return from_dict(groups, **named)
-    return from_dict(**groups, **named)
+    tree = from_dict(**{name: values for name, values in groups.items() if name in known}, **named)
+    for name in groups.keys() - known:  # which 0.23 reads, and does not make
+        tree.add_groups({name: groups[name]}, coords=coords, dims=dims)
+    return tree
 
 
 def _of_fits(
@@ -143,38 +165,127 @@ def _of_fits(
     adversarial: Mapping[float, Inputs],
     weights: bool,
     seed: int,
+    coords: dict[str, list[Any]],
+    dims: dict[str, list[str]],
 ) -> Any:
     sampled = any(chains_of(defense) > 1 for defense in defenses)
     defenses = [chain for defense in defenses for chain in in_chains(defense)]
     (x, y), seeds = data, [derive(seed, "to_arviz", chain) for chain in range(len(defenses))]
     pairs = zip(defenses, seeds, strict=True)
     fits = [read_fit(defense, x, num_samples, adversarial, weights, s) for defense, s in pairs]
-    log_probs = torch.stack([fit.log_probs for fit in fits])
+    log_probs = torch.stack([fit.drawn.log_probs for fit in fits])
     check_classes(y, log_probs.shape[-1])
-    with forked(derive(seed, "labels")):
-        labels = torch.distributions.Categorical(logits=log_probs, validate_args=False).sample()
-    at_y = y.cpu().expand(log_probs.shape[:-1]).unsqueeze(-1)
-    about = posterior(fits)
     groups: Groups = {
-        "posterior_predictive": {"probs": log_probs.exp().float().numpy(), "y": labels.numpy()},
-        "log_likelihood": {"y": log_probs.gather(-1, at_y).squeeze(-1).numpy()},
+        "posterior_predictive": _predictive(log_probs, derive(seed, "labels")),
+        "log_likelihood": {"y": _at_labels(log_probs, y).numpy()},
         "observed_data": {"y": y.cpu().numpy()},
         "constant_data": {"x": x.detach().cpu().numpy()},
     }
+    priors = [fit.prior for fit in fits if fit.prior is not None]
+    if priors:
+        of_prior = torch.stack([prior.log_probs for prior in priors])
+        groups["prior_predictive"] = _predictive(of_prior, derive(seed, "prior labels"))
     if adversarial:
         attacked = torch.stack([torch.stack(fit.attacked, dim=1) for fit in fits])
         groups["predictions"] = {"probs": attacked.exp().float().numpy()}
     sizes = {"example": np.arange(len(y)), "class": np.arange(log_probs.shape[-1])}
-    tree = from_groups(
-        groups,
-        coords=sizes | {"eps": [float(radius) for radius in adversarial]},
-        dims={"y": ["example"], "x": ["example"], "probs": ["example", "class"]},
-        pred_dims={"probs": ["eps", "example", "class"]},
-    )
-    if about.values:  # apart, since a latent may have the name of anything in the other groups
-        tree = _joined(from_groups({"posterior": about.values}, coords=about.coords, dims=about.dims), tree)
+    sizes |= {"eps": [float(radius) for radius in adversarial]} if adversarial else {}
+    axes, fixed = {"y": ["example"], "x": ["example"], "probs": ["example", "class"]}, constants(fits)
+    groups["constant_data"] |= fixed.values
+    named = Named(groups, axes | fixed.dims, sizes | fixed.coords)  # type: ignore[arg-type]
+    pred_dims = {"probs": ["eps", "example", "class"]}
+    parts = [_tree(groups, named, coords, pred_dims)]
+    parts += _of_draws(fits, y, coords, dims)  # apart, since a latent may have the name of anything else
+    tree = parts[0]
+    for part in parts[1:]:
+        tree = _joined(part, tree)
     tree["log_likelihood"].attrs["weights_are_random"] = int(any(fit.fitted for fit in fits))
     tree["posterior_predictive"].attrs["chains"] = _what_chains_are(len(fits), sampled)
+    return _signed(tree, defenses[0], seed)
+
+
+def _of_draws(
+    fits: list[Fit], y: Labels, coords: dict[str, list[Any]], dims: dict[str, list[str]]
+) -> list[Any]:
+    """Containers of the groups ``posterior``, ``prior`` and ``log_prior``."""
+    scores = [_at_labels(fit.drawn.log_probs, y) for fit in fits]
+    found = {"posterior": random([fit.drawn for fit in fits], scores)}
+    if priors := [fit.prior for fit in fits if fit.prior is not None]:
+        found["prior"] = random(priors, [_at_labels(prior.log_probs, y) for prior in priors])
+    if unknown := dims.keys() - found["posterior"].values.keys():
+        known = ", ".join(found["posterior"].values)
+        raise ValueError(
+            f"expected dims of variables of the posterior, got {sorted(unknown)}; known: {known}"
+        )
+    parts = []
+    for name, named in found.items():
+        for variable, axes in dims.items():
+            values = named.values.get(variable)
+            if values is not None and values.ndim - 2 != len(axes):
+                raise ValueError(
+                    f"expected {values.ndim - 2} names for the axes of {variable!r}, shape "
+                    f"{values.shape[2:]}, got {axes}; name every axis behind (chain, draw)"
+                )
+            named.dims |= {variable: axes} if values is not None else {}
+        parts.append(_tree({name: named.values}, named, coords))
+    if densities := fits[0].log_prior:
+        values = {n: np.stack([fit.log_prior[n].numpy() for fit in fits]) for n in densities}
+        parts.append(from_groups({"log_prior": values}, coords={}, dims={}))
+    return parts
+
+
+def _tree(
+    groups: Groups,
+    named: Named,
+    coords: dict[str, list[Any]],
+    pred_dims: Mapping[str, list[str]] | None = None,
+) -> Any:
+    """A container with the coordinates of the caller where they fit.
+
+    Raises:
+        ValueError: they do not.
+    """
+    sizes = {axis: len(values) for axis, values in named.coords.items()}
+    for group, variables in groups.items():
+        leading = 0 if group in ("observed_data", "constant_data") else 2
+        for name, values in variables.items():
+            axes = (pred_dims if group == "predictions" and pred_dims else named.dims).get(name, [])
+            sizes |= dict(zip(axes, values.shape[leading:], strict=False))
+    for axis in coords.keys() & sizes:
+        if len(coords[axis]) != sizes[axis]:
+            raise ValueError(
+                f"expected {sizes[axis]} coordinates of the axis {axis!r}, got {len(coords[axis])}; give one "
+                "each"
+            )
+    own = {axis: values for axis, values in coords.items() if axis in sizes}
+    return from_groups(groups, coords=named.coords | own, dims=named.dims, pred_dims=pred_dims)
+
+
+def _predictive(log_probs: Tensor, seed: int) -> dict[str, np.ndarray]:
+    """Probabilities and a sampled label of every draw."""
+    with forked(seed):
+        labels = torch.distributions.Categorical(logits=log_probs, validate_args=False).sample()
+    return {"probs": log_probs.exp().float().numpy(), "y": labels.numpy()}
+
+
+def _at_labels(log_probs: Tensor, y: Labels) -> Tensor:
+    """Log-probability of the true class, ``(..., batch)``."""
+    return log_probs.gather(-1, y.cpu().expand(log_probs.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+
+def _signed(tree: Any, defense: Defense, seed: int) -> Any:
+    """The container with what made it as attributes, of itself and of its groups of draws."""
+    about = {
+        "library": "probdefense",
+        "version": probdefense.__version__,
+        "seed": seed,
+        "defense": " of ".join(
+            [*(c.builder for c in reversed(defense.calls or ())), type(defense.net).__name__]
+        ),
+        "rule": "mean_prob",
+    }
+    for place in (tree, *(tree[name] for name in groups_of(tree) & {*DRAWN})):
+        place.attrs.update(about)
     return tree
 
 

@@ -6,7 +6,7 @@ by $1 / p(y_i \mid x_i, \theta_s)$, with the largest weights smoothed by a Paret
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +17,44 @@ from probdefense.core.defense import Defense
 from probdefense.core.programs import vector
 from probdefense.core.sites import WeightSite
 from probdefense.rng import forked
+from probdefense.tables import html_table
 from probdefense.types import Inputs, Labels
 from probdefense.validation import check_classes, check_count, check_examples, check_kind, check_seed
 
+FEWEST = 25
+"""Draws that a tail is fitted to; a network without randomness has one, and no tail."""
 
-class Loo(NamedTuple):
-    """Expected log predictive density of left-out examples, in nats.
 
-    ``elpd`` and its standard error ``se`` are for all examples, ``pointwise`` (examples,) for each;
-    ``k_hat`` (examples,) is NaN where no tail was fitted, and above 0.7 the estimate is unreliable;
-    ``num_dropped`` examples have one log-likelihood in all draws of their tail.
+class Loo:
+    """Leave-one-out density in nats, made by `loo`: what ``arviz.loo`` returns, and a few names more.
+
+    It is an instance of ArviZ's own class, so ``arviz.compare`` and ``arviz.plot_khat`` take it. ``elpd``
+    and its standard error ``se`` are for all examples; ``num_dropped`` examples have one log-likelihood in
+    all draws of their tail.
     """
 
-    elpd: float
-    se: float
-    pointwise: np.ndarray
-    k_hat: np.ndarray
     num_dropped: int
+
+    @property
+    def pointwise(self) -> np.ndarray:
+        """The density of each example, ``(examples,)``."""
+        return np.asarray(getattr(self, "elpd_i" if hasattr(self, "elpd_i") else "loo_i"))
+
+    @property
+    def k_hat(self) -> np.ndarray:
+        """By example; NaN where no tail was fitted, and above 0.7 the estimate is unreliable."""
+        return np.asarray(self.pareto_k)  # type: ignore[attr-defined]
+
+    def _repr_html_(self) -> str:
+        k = self.k_hat
+        rows = [
+            {"quantity": "expected log density, left out (nats)", "value": f"{self.elpd:.2f}"},  # type: ignore[attr-defined]
+            {"quantity": "standard error", "value": f"{self.se:.2f}"},  # type: ignore[attr-defined]
+            {"quantity": "examples", "value": len(k)},
+            {"quantity": "k-hat above 0.7", "value": int((k > 0.7).sum())},
+            {"quantity": "no tail fitted", "value": int(np.isnan(k).sum())},
+        ]
+        return html_table(rows, ("quantity", "value"), "Leave-one-out density")
 
 
 def loo(tree: Any) -> Loo:
@@ -49,7 +70,7 @@ def loo(tree: Any) -> Loo:
         tree: From ``to_arviz(defense, (x, y))``.
 
     Returns:
-        A `Loo`.
+        A `Loo`, which is ArviZ's own ``ELPDData`` too.
 
     Raises:
         ValueError: a container of another origin.
@@ -75,15 +96,13 @@ def loo(tree: Any) -> Loo:
     log_lik = np.asarray(group["y"], dtype=np.float64)
     draws = log_lik.reshape(-1, log_lik.shape[-1])
     count, examples = draws.shape
-    k_hat = np.full(examples, np.nan)
+    seen = np.logaddexp.reduce(draws) - np.log(count)
     if not group.attrs["weights_are_random"]:
-        return _summed(np.logaddexp.reduce(draws) - np.log(count), k_hat, 0)
+        return _filled(log_lik, np.zeros(examples, dtype=bool), seen, seen, 0)
     lowest = np.sort(draws, axis=0)[: max(2, int(min(count / 5, 3 * count**0.5)))]
-    varies = lowest[-1] > lowest[0]
-    pointwise = np.log(count) - np.logaddexp.reduce(-draws)
-    if varies.any():
-        pointwise[varies], k_hat[varies] = _psis(log_lik[..., varies])
-    return _summed(pointwise, k_hat, int((~varies).sum()))
+    varies = (lowest[-1] > lowest[0]) & (count >= FEWEST)
+    left_out = np.log(count) - np.logaddexp.reduce(-draws)
+    return _filled(log_lik, varies, left_out, seen, int((~varies).sum()))
 
 
 def guide_k_hat(
@@ -132,17 +151,56 @@ def guide_k_hat(
         check_classes(y, log_probs.shape[-1])
         ratio = log_probs.gather(-1, y.expand(log_probs.shape[:-1]).unsqueeze(-1)).sum((1, 2))
         for site in sites:
-            value = frozen.drawn[site.name]
+            value = frozen.values(site.name)
             for side, sign in (("prior", 1.0), ("posterior", -1.0)):
                 ratio += sign * vector(site, side).log_prob(value).double()
     twice = np.stack([-ratio.cpu().numpy()] * 2, axis=-1)  # ArviZ suspects a mistake behind one observation
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ArviZ warns of a large k, which is the answer here
-        return float(_psis(twice[None])[1][0])
+        return float(np.asarray(_theirs(twice[None]).pareto_k)[0])
 
 
-def _psis(log_lik: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pointwise density and k by ArviZ, for log-likelihoods ``(chain, draw, example)``."""
+def _filled(
+    log_lik: np.ndarray, varies: np.ndarray, left_out: np.ndarray, seen: np.ndarray, num_dropped: int
+) -> Loo:
+    """ArviZ's answer where the log-likelihood varies, and `left_out` elsewhere, without a k."""
+    chains, draws = log_lik.shape[:2]
+    rows = np.broadcast_to(log_lik[:, :1], (chains, FEWEST, len(varies))) if draws < FEWEST else log_lik
+    stand_in = 1e-3 * np.sin(np.arange(rows[..., 0].size)).reshape(*rows.shape[:2], 1)
+    result = _theirs(np.where(varies, rows, stand_in))
+    pointwise, k_hat = _pointwise(result), np.array(result.pareto_k)
+    pointwise[~varies], k_hat[~varies] = left_out[~varies], np.nan
+    total = float(pointwise.sum())
+    found = {
+        "elpd_loo" if hasattr(result, "elpd_loo") else "elpd": total,
+        "se": float(np.sqrt(len(pointwise) * pointwise.var())),
+        "p_loo" if hasattr(result, "p_loo") else "p": float(seen.sum()) - total,
+        "n_samples": chains * draws,
+        "warning": bool((k_hat > result.good_k).any()),
+        **{
+            name: result[name].copy(data=v)
+            for name, v in ((_by_example(result), pointwise), ("pareto_k", k_hat))
+        },
+    }
+    for name, value in found.items():
+        result[name] = value
+    theirs = type(result)
+    own: dict[str, Any] = {} if hasattr(result, "elpd") else {"elpd": property(lambda self: self["elpd_loo"])}
+    result.__class__ = type("Loo", (Loo, theirs), own)
+    object.__setattr__(result, "num_dropped", num_dropped)  # beside the entries, which ArviZ prints
+    return result
+
+
+def _by_example(result: Any) -> str:
+    return "loo_i" if hasattr(result, "loo_i") else "elpd_i"
+
+
+def _pointwise(result: Any) -> np.ndarray:
+    return np.array(result[_by_example(result)])
+
+
+def _theirs(log_lik: np.ndarray) -> Any:
+    """What ArviZ makes of log-likelihoods ``(chain, draw, example)``."""
     import arviz
 
     blank = np.zeros(log_lik.shape[:2])
@@ -151,11 +209,4 @@ def _psis(log_lik: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         coords={},
         dims={"y": ["example"]},
     )
-    result = arviz.loo(tree, pointwise=True, reff=1.0)  # draws of a guide are independent
-    pointwise = result.loo_i if hasattr(result, "loo_i") else result.elpd_i
-    return np.asarray(pointwise), np.asarray(result.pareto_k)
-
-
-def _summed(pointwise: np.ndarray, k_hat: np.ndarray, num_dropped: int) -> Loo:
-    se = float(np.sqrt(len(pointwise) * pointwise.var()))
-    return Loo(float(pointwise.sum()), se, pointwise, k_hat, num_dropped)
+    return arviz.loo(tree, pointwise=True, reff=1.0)  # draws of a guide are independent

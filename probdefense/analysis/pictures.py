@@ -56,22 +56,22 @@ def noise_scales(tree: Any, ax: Any = None) -> Any:
         >>> [label.get_text() for label in noise_scales(tree).get_yticklabels()]
         ['input_noise', '2.noise']
     """
-    posterior = tree["posterior"] if "posterior" in groups_of(tree) else {}
-    if "noise_scale" not in posterior:
+    constants = tree["constant_data"] if "constant_data" in groups_of(tree) else {}
+    if "noise_scale" not in constants:
         raise ValueError(
             "expected a container with noise layers, got one that has no noise layers; make it with "
             "to_arviz(defense, data) of a noisy defense"
         )
-    values = posterior["noise_scale"]
+    values = constants["noise_scale"]
     layers = [str(name) for name in values["noise_layer"].values]
     ax = new_axes(ax, (4.8, 0.9 + 0.3 * len(layers)))
     for row, layer in enumerate(layers):
         right = 0.0
-        if f"noise_scale.{layer}" in posterior:
-            elements = np.asarray(posterior[f"noise_scale.{layer}"])
+        if f"noise_scale.{layer}" in constants:
+            elements = np.asarray(constants[f"noise_scale.{layer}"])
             right = elements.max()
             ax.plot([elements.min(), right], [-row] * 2, color=COLORS[0], linewidth=2, alpha=0.4)
-        chains = np.asarray(values)[:, :, row].mean(1)
+        chains = np.atleast_2d(np.asarray(values))[:, row]
         ax.plot(chains, [-row] * len(chains), "o", color=COLORS[0], markersize=6, alpha=0.8)
         note(ax, f"{chains.mean():.3g}", (max(right, chains.max()), -row), (8, 0), va="center")
     quiet(ax, "x").set_yticks([-row for row in range(len(layers))], layers)

@@ -25,6 +25,7 @@ pytestmark = [
 
 OURS = [
     *("weight_scale", "signal_to_noise", "prior_scale", "noise_scale", "parameter", "noise_layer", "probs"),
+    *("weight_rms", "noise_rms"),
     *("prior_parameter", "x", "example", "class", "eps", "chain", "draw", "w_dim_0"),
 ]
 
@@ -73,9 +74,10 @@ def test_a_latent_may_have_any_name(name, shape, tmp_path):
     kept = f"{name}_1" if name in ("chain", "draw") else name
     found = values(tree, "posterior", kept)
     assert found.shape == (1, 5, *shape) and found.std(1).min() > 0
-    scales = "weight_scale_1" if name == "weight_scale" else "weight_scale"
+    rms = "weight_rms_1" if name == "weight_rms" else "weight_rms"
     axis = "parameter_1" if name == "parameter" else "parameter"
-    assert name in tree["posterior"][scales][axis].values
+    assert name in tree["posterior"][rms][axis].values
+    assert name in tree["constant_data"]["weight_scale"]["parameter"].values
     assert values(tree, "posterior_predictive", "probs").shape == (1, 5, N, 3)
     assert tree["posterior_predictive"]["probs"].dims == ("chain", "draw", "example", "class")
     tree.to_netcdf(str(tmp_path / "tree.nc"))
@@ -86,7 +88,7 @@ def test_a_latent_may_have_any_name(name, shape, tmp_path):
 
 def test_several_collisions_at_once():
     tree = to_arviz(autoguided(Named(*OURS)), batch(), num_samples=3, weights=True)
-    assert {*OURS, "weight_scale_1", "signal_to_noise_1", "chain_1", "draw_1"} - {"chain", "draw"} <= set(
+    assert {*OURS, "weight_rms_1", "chain_1", "draw_1"} - {"chain", "draw"} <= set(
         tree["posterior"].data_vars
     )
 
@@ -103,7 +105,8 @@ def test_parameters_of_a_network_may_have_our_names_too():
 
     tree = to_arviz(pd.defenses.bayesian(Net(), num_data=N), batch(), num_samples=4)
     assert values(tree, "posterior", "weight_scale").shape == (1, 4, 3)
-    assert values(tree, "posterior", "weight_scale_1").shape == (1, 4, 2)
+    assert values(tree, "constant_data", "weight_scale").shape == (2,)
+    assert list(tree["constant_data"]["parameter"].values) == ["parameter", "weight_scale"]
     assert list(tree["posterior"]["parameter_1"].values) == ["parameter", "weight_scale"]
 
 

@@ -1,7 +1,7 @@
 """The commands for what a user brings along: ``evaluate``, ``certify`` and ``report``."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,14 +65,14 @@ def evaluate(
     with _refusing("--norm"):
         check_member("norm", norm, judgement.NORMS)
     power = judgement.NORMS[norm]
-    with _refusing("--eps"):
-        eps_found = judgement.radii(eps, data, power)
     with _refusing("TARGET"):
         ready = judgement.prepare(asked)
+    with _refusing("--eps"):
+        radii = judgement.radii(eps, data, power)
     with _refusing("--attacks"):
         chosen = judgement.attacks_named(_names(attacks), ready.target, power)
     with _writing(out, "--attacks"):
-        report = judgement.evaluated(ready, chosen, power, eps_found, num_samples, out / "journal")
+        report = judgement.evaluated(ready, chosen, power, radii, num_samples, out / "journal")
     if ready.first:
         columns = ("defense", "attack", "eps", "rule", "accuracy", "low", "high")
         _finish(out, report.table(columns), lambda: findings.write_report(report, out))
@@ -156,12 +156,16 @@ def _writing(out: Path, option: str) -> Iterator[None]:
     """Work whose finished parts are kept in a folder, which must have room."""
     from probdefense.files import reserve
 
+    made = not out.exists()
     try:
         reserve(out, ROOM)
         yield
     except OSError as error:
         raise _unwritable(out, error) from error
     except (ValueError, TypeError) as error:
+        if made:
+            with suppress(OSError):  # it has something finished in it
+                out.rmdir()
         hint = "--out" if str(out) in str(error) else option
         raise typer.BadParameter(str(error), param_hint=hint) from error
 

@@ -84,7 +84,7 @@ def prepare(asked: Asked) -> Ready:
     _blamed("--seed", check_count, "--seed", asked.seed, 0)
     device = _blamed("--device", device_of, asked.device)
     judged = _blamed("--weights" if asked.weights else "TARGET", target, asked.target, asked.weights)
-    judged = judged._replace(name=asked.name or judged.name)
+    judged = judged._replace(name=_blamed("--name", _check_name, asked.name or judged.name))
     test = _blamed("--data", datasets.load, asked.data, asked.data_root).test
     fabric = _blamed("--device", launched, device)
     loader = _loader(test, asked, device if fabric is None else fabric.device)
@@ -100,6 +100,15 @@ def _blamed(option: str, function: Any, *arguments: Any) -> Any:
             return function(*arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise Refused(option, error) from error
+
+
+def _check_name(name: str) -> str:
+    if name in ("clean", "worst") or "/" in name:
+        raise ValueError(
+            f"expected a name other than 'clean' and 'worst' and without '/', got {name!r}; the report uses "
+            "these itself: give --name"
+        )
+    return name
 
 
 def _loader(test: Any, asked: Asked, device: torch.device) -> DataLoader:

@@ -49,13 +49,16 @@ Recipes = Annotated[
 
 @app.command()
 def compare(
+    context: typer.Context,
     defenses: Annotated[
         str, typer.Option(help="Comma-separated names, or 'all'; see 'probdefense list'.")
     ] = "none,madry,rse,bayesian,adv_bnn",
     attacks: Annotated[
         str, typer.Option(help="Comma-separated names; clean accuracy and the suite are always there.")
     ] = "clean,eot_pgd,suite",
-    data: Annotated[str, typer.Option(help="digits, mnist, fashion-mnist, cifar10 or stl10.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="By name, see 'probdefense list'; folder:PATH or FILE.py:NAME.")
+    ] = "digits",
     eps: Annotated[
         float | None, typer.Option(help="l-inf radius in pixels, (0, 1]; the data set's usual one if absent.")
     ] = None,
@@ -70,53 +73,35 @@ def compare(
         Path | None, typer.Option(help="Folder of the data; PROBDEFENSE_DATA if absent.")
     ] = None,
     recipes: Recipes = None,
+    study: Annotated[
+        Path | None, typer.Option(help="A study file; options given beside it count more.")
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option(help="Of probdefense.models, torchvision:NAME or FILE.py:NAME.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Several seeds of the training, as in 0,1,2, joined as replicates.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "cpu",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the defenses that are finished in --out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train defenses, attack each, and write a report that can be trusted.
 
-    Writes report.json, timing.json, arrays.npz, robustness.png, report.html and posterior.nc.
+    Writes report.json, timing.json, arrays.npz, robustness.png, report.html and posterior.nc; study.toml,
+    which runs it again; and a folder defenses, with a checkpoint of each as soon as it is finished.
     """
-    from probdefense.files import reserve
-    from probdefense.study import console, job, pool
+    from probdefense.study import compare as comparison
 
-    try:
-        request, split = job.prepare(
-            job.Request(
-                _names(defenses),
-                _names(attacks),
-                data,
-                eps,
-                num_samples,
-                epochs,
-                seed,
-                quick,
-                data_root,
-                recipes=tuple(recipes or ()),
-            )
-        )
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
-    try:
-        reserve(out, job.ROOM)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    result = job.run(request, split, _say, pool.cores())
-    if not as_json:
-        console.show(result)  # before the files, so that a full disk does not cost the result
-    try:
-        written = job.write(result, out)
-    except OSError as error:
-        raise _unwritable(out, error) from error
-    if as_json:
-        print((out / "report.json").read_text(), end="")
-        return
-    print("\n".join(f"wrote {out / name}" for name in written))
-    if "posterior.nc" not in written:
-        print("no posterior.nc: none of these defenses is random")
+    given = {name for name in context.params if _is_given(context, name)}
+    comparison.run(context.params, given)
 
 
-for command in (cli_own.evaluate, cli_own.certify, cli_own.report):
-    app.command()(command)
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command("list")
@@ -173,18 +158,5 @@ def _end(sentence: str, code: int) -> None:
     sys.exit(code)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _unwritable(folder: Path, error: OSError) -> typer.BadParameter:
-    """The refusal of a folder: it is a file, read-only, or full."""
-    reason = error.strerror or str(error)
-    return typer.BadParameter(
-        f"cannot write to --out {folder} ({reason}); nothing there was changed: make room there, or choose "
-        "another folder"
-    )
+for command in (cli_own.evaluate, cli_own.certify, cli_own.report):
+    app.command()(command)

@@ -1,16 +1,58 @@
 """What the command prints: the table, what the attacks spent, pairs, checks and certificates."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from probdefense.evaluation.report import Row
+from probdefense.progress import progress_bar
 from probdefense.study.job import Result
 from probdefense.study.opponents import OTHER_NORMS
 from probdefense.study.request import JUDGE
 
 PAIRS = 10
 """Up to this many pairs are all printed; of more, those with the best defense. The report has all."""
+
+
+@contextmanager
+def progress(total: int, first: bool) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """One bar with the time left for a whole job; without a terminal, a line whenever something starts.
+
+    Args:
+        total: Steps of the job.
+        first: Whether this process is the one that speaks.
+
+    Yields:
+        A function that gets a line, and one to call after every step.
+    """
+    if not first:
+        yield _silent, _still
+    elif not sys.stderr.isatty():
+        yield _say, _still
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with progress_bar("", None), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("preparing", total=total)
+            yield (
+                lambda line: bar.update(task, description=line.partition(":")[0]),
+                lambda: bar.advance(task),
+            )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    """Says nothing."""
+
+
+def _still() -> None:
+    """Shows nothing."""
 
 
 def show(result: Result) -> None:

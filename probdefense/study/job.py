@@ -3,7 +3,8 @@
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,38 @@ from probdefense.data import Split
 from probdefense.evaluation.certification import Certificate
 from probdefense.evaluation.comparison import Comparison, compare_all
 from probdefense.evaluation.report import Report, Row
-from probdefense.files import reserve, together
-from probdefense.study import plugins
+from probdefense.files import reserve, together, whole
+from probdefense.study import plugins, store
 from probdefense.study.findings import joined
 from probdefense.study.opponents import named_attack
 from probdefense.study.pool import apart, steady, tell
 from probdefense.study.recipes import RECIPES
 from probdefense.study.request import Request, prepare, settings, versions
 from probdefense.study.store import Found
-from probdefense.study.trial import Family, judged, tested
+from probdefense.study.studies import written
+from probdefense.study.trial import STEPS, Family, about, judged, tested
 from probdefense.types import Inputs, Labels
 
-__all__ = ["Request", "Result", "catalog", "certified", "prepare", "run", "versions", "write"]
+__all__ = [
+    "STEPS",
+    "Request",
+    "Result",
+    "catalog",
+    "certified",
+    "keep_all",
+    "prepare",
+    "run",
+    "versions",
+    "write",
+]
 
 ARVIZ_IMAGES = 100
 """Images whose predictions go into the ArviZ file."""
 
 GRID_IMAGES = 6
 """Images that the report shows."""
+
+STUDY = "study.toml"
 
 FILES = ("report.json", "timing.json", "arrays.npz", "robustness.png", "report.html", "posterior.nc")
 """What a run writes; the last of them if a defense is random."""
@@ -53,6 +68,7 @@ class Result:
         checks: By defense.
         certificates: By defense with certifiable input noise.
         images: Clean and attacked images by caption.
+        found: All of it by seed and defense.
     """
 
     report: Report
@@ -62,6 +78,7 @@ class Result:
     checks: dict[str, Checks]
     certificates: dict[str, Certificate]
     images: dict[str, tuple[Inputs, Inputs]]
+    found: dict[int, dict[str, Found]] = field(default_factory=dict)
 
 
 def _nothing() -> None:
@@ -111,8 +128,10 @@ def run(
     def done(number: int, family: dict[str, Found]) -> None:
         part = families[number].request
         found[part.seed] |= family
-        if folder is not None and len(found[part.seed]) < len(part.defenses) and _first(fabric):
-            _joined(part, data, found[part.seed]).save(families[number].folder or folder)
+        if folder is not None and _first(fabric):
+            with suppress(OSError):  # the end says so, and has the table
+                _joined(part, data, found[part.seed]).save(families[number].folder or folder)
+                write_study(request, folder)
 
     def heard(word: str | None) -> None:
         step() if word is None else say(word)
@@ -132,7 +151,33 @@ def run(
         {name: each.checks for name in made if (each := first[name]).checks is not None},
         {name: each.certificate for name in made if (each := first[name]).certificate is not None},
         grid,
+        found,
     )
+
+
+def write_study(request: Request, folder: Path) -> None:
+    """Writes the study that a request comes to.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with whole(folder / STUDY) as place:
+        place.write_text(written(request))
+
+
+def keep_all(result: Result, request: Request, folder: Path) -> None:
+    """Writes the study, and every defense that is not kept yet.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    write_study(request, folder)
+    for seed, found in result.found.items():
+        part = _of_seed(request, seed)
+        for name, each in found.items():
+            place = _place(folder, part) or folder
+            if not (place / store.FOLDER / name).exists():
+                store.keep(place, name, each, about(part, name, len(result.test[1])))
 
 
 def _tell_line(line: str) -> None:
@@ -163,9 +208,9 @@ def _joined(request: Request, data: Split, found: dict[str, Found]) -> Report:
     ready = {name: found[name] for name in request.defenses if name in found}
     reports = [report for each in ready.values() for report in each.reports]
     total = sum(reports[1:], reports[0])
-    total.timing = {**{f"{name}/training": each.seconds for name, each in ready.items()}, **total.timing}
-    total.settings = {**settings(request, len(tested(request, data)[1])), **total.settings}
-    return total
+    timing = {**{f"{name}/training": each.seconds for name, each in ready.items()}, **total.timing}
+    asked = settings(request, len(tested(request, data)[1]))
+    return replace(total, settings={**asked, **total.settings}, timing=timing)
 
 
 def _compared(several: list[Report]) -> Comparison | None:

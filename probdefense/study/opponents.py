@@ -28,6 +28,7 @@ from probdefense.validation import check_attack, check_member
 Opponent = Callable[[Any, int], Attack]
 
 EOT_SAMPLES = 16
+PAIRS = 4
 APGD_SAMPLES = 4
 FROZEN_SAMPLES = 4
 """Draws on which minimum-norm attacks solve; the verdict is taken on fresh ones."""
@@ -51,27 +52,34 @@ def matched_loss(defense: LogitsFn, gradients: int) -> Attack:
 
 
 def with_momentum(defense: LogitsFn, gradients: int) -> Attack:
-    """Momentum over steps of averages over draws: what noisy gradients of random transforms ask for.
+    """Momentum along the signs of four antithetic pairs of draws: made for random transforms of the input.
 
     Sitawarin et al., 2022, [Demystifying the Adversarial Robustness of Random Transformation
-    Defenses](https://arxiv.org/abs/2207.03574). Steps are as large as those of PGD.
+    Defenses](https://arxiv.org/abs/2207.03574).
     """
+    draws, pairs = (2, PAIRS) if defense.stochastic else (1, 1)
+    num_steps = max(1, gradients // (draws * pairs))
 
-    def momentum_pgd(
-        logits_fn: LogitsFn,
-        x: Inputs,
-        y: Labels,
-        *,
-        eps: float,
-        norm: Norm = math.inf,
-        seed: Seed = None,
-        num_steps: int,
+    def momentum(
+        logits_fn: LogitsFn, x: Inputs, y: Labels, *, eps: float, norm: Norm = math.inf, seed: Seed = None
     ) -> Inputs:
-        size = min(eps, 2.5 * eps / num_steps)
-        attack = partial(attacks.mim, loss=predictive_cross_entropy, step_size=size, num_steps=num_steps)
-        return attack(logits_fn, x, y, eps=eps, norm=norm, seed=seed)
+        return attacks.mim(
+            logits_fn,
+            x,
+            y,
+            eps=eps,
+            norm=norm,
+            step_size=min(eps, 2.5 * eps / num_steps),
+            num_steps=num_steps,
+            loss=predictive_cross_entropy,
+            repeats=pairs,
+            signs=True,
+            seed=seed,
+        )
 
-    return _eot(momentum_pgd, defense, gradients, EOT_SAMPLES)
+    return with_draws(
+        momentum, draws, "antithetic" if getattr(defense, "pairs_draws", False) else "independent"
+    )
 
 
 def step_control(defense: LogitsFn, gradients: int) -> Attack:

@@ -14,10 +14,11 @@ import probdefense
 from probdefense import data as datasets
 from probdefense.data import Split
 from probdefense.study import plugins
+from probdefense.study.fabric import device_of
 from probdefense.study.nets import check_net, facts_of
 from probdefense.study.opponents import check_settings, suite_budget
 from probdefense.study.plans import Plan, plan_for
-from probdefense.study.recipes import RECIPES, VALIDATION, Variant
+from probdefense.study.recipes import RECIPES, VALIDATION, Rehearsal, Variant
 from probdefense.types import Norm
 from probdefense.validation import check_count, check_member
 
@@ -82,7 +83,12 @@ class Request:
         for name in ("epochs", "learning_rate"):
             if name in asked:
                 asked.setdefault(f"attacked_{name}", asked[name])
-        return replace(plan_for(self.data, self.quick, QUICK["epochs"]), **asked)
+        plan = replace(plan_for(self.data, self.quick, QUICK["epochs"]), **asked)
+        for name in ("epochs", "learning_rate"):  # said once if it is the same
+            if getattr(plan, f"attacked_{name}") == getattr(plan, name):
+                same: dict[str, Any] = {f"attacked_{name}": None}
+                plan = replace(plan, **same)
+        return plan
 
     @property
     def radius(self) -> float:
@@ -137,6 +143,8 @@ def prepare(request: Request) -> tuple[Request, Split]:
     with naming("--data"):
         if not isinstance(request.data, str) or not _own(request.data):
             check_member("data set", request.data, datasets.SOURCES)
+    with naming("--device"):
+        device_of(request.device)
     _check_numbers(request)
     budget = QUICK if request.quick else FULL
     size = {**budget, **request.sizes, "epochs": request.plan.epochs}
@@ -146,7 +154,17 @@ def prepare(request: Request) -> tuple[Request, Split]:
         facts = facts_of(split.train)
     with naming("--net"):
         check_net(wanted.plan.net, facts)
+    with naming("--study"):
+        _rehearse(wanted, split)
     return wanted, split
+
+
+def _rehearse(request: Request, data: Split) -> None:
+    """Makes, without training, what has arguments of its own."""
+    shop = Rehearsal(data, request.radius, 1, plan=request.plan, variants=request.variants)
+    for name in request.defenses:
+        if request.variant(name).arguments:
+            shop.make(name)
 
 
 @contextmanager

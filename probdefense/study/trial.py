@@ -88,11 +88,11 @@ def _found(family: Family, name: str, shop: Workshop, test: tuple[Inputs, Labels
     request = family.request
     number = f"[{request.defenses.index(name) + 1}/{len(request.defenses)}]"
     seed = f", seed {request.seed}" if request.seeds else ""
-    about = _about(request, name, len(test[1]))
+    known = about(request, name, len(test[1]))
     before = None
     if family.resume and family.folder is not None:
         with forked(0):
-            before = kept(family.folder, name, about, shop.net)
+            before = kept(family.folder, name, known, shop.net)
     if before is not None:
         family.say(f"{number} {name}{seed}: finished before")
         defense = before.defense
@@ -104,11 +104,14 @@ def _found(family: Family, name: str, shop: Workshop, test: tuple[Inputs, Labels
     family.say(f"{number} {name}{seed}: {request.recipe(name).about}")
     found = _judged(family, name, shop, test)
     if family.folder is not None and (family.fabric is None or family.fabric.is_global_zero):
-        keep(family.folder, name, found, about)
+        try:
+            keep(family.folder, name, found, known)
+        except OSError as error:  # the numbers are worth more
+            family.say(f"{number} {name}{seed} is not kept: {error.strerror or error}")
     return found
 
 
-def _about(request: Request, name: str, num_examples: int) -> dict[str, Any]:
+def about(request: Request, name: str, num_examples: int) -> dict[str, Any]:
     """What the numbers of one defense depend on, files of the user's included."""
     mine = (name, request.recipe(name).base)
     variants = {each: variant for each, variant in request.variants.items() if each in mine}

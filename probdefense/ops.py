@@ -234,3 +234,26 @@ def rounded_down(values: Tensor, dtype: torch.dtype) -> Tensor:
     near = values.to(dtype)
     below = torch.nextafter(near, torch.zeros_like(near))
     return torch.where(near.double() > values, below, near)
+
+
+def bounded(rho: Tensor, floor: float, ceiling: float | None) -> Tensor:
+    """The scale of a free parameter, between floor and ceiling.
+
+    Examples:
+        >>> bounded(torch.tensor([0.0]), 0.1, None), bounded(torch.tensor([0.0]), 0.0, 0.5)
+        (tensor([1.1000]), tensor([0.2500]))
+    """
+    if ceiling is not None:
+        return floor + (ceiling - floor) * rho.sigmoid()
+    return rho.exp() + floor if floor else rho.exp()
+
+
+def unbounded(scale: float, floor: float, ceiling: float | None) -> float:
+    """The free parameter of a scale, see `bounded`.
+
+    Examples:
+        >>> unbounded(0.25, 0.0, 0.5)
+        0.0
+    """
+    above = scale - floor
+    return math.log(above) if ceiling is None else math.log(above / (ceiling - scale))

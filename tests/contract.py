@@ -108,6 +108,10 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "brelu": partial(pd.defenses.brelu, num_data=N),
     "mc_dropout": partial(pd.defenses.mc_dropout, num_data=N, rate=0.4),
     "ensemble": lambda net: pd.defenses.ensemble([net, tiny_net()], num_data=N),
+    "random_filters": partial(pd.defenses.random_filters, num_data=N, init_scale=0.6),
+    "random_filters on bayesian": lambda net: pd.defenses.random_filters(
+        pd.defenses.bayesian(net, num_data=N)
+    ),
     "particles": lambda net: pd.defenses.particles([net, tiny_net()], num_data=N),
     "from_samples": lambda net: pd.defenses.from_samples(net, around(net), num_data=N),
     "rse on from_samples": lambda net: pd.defenses.rse(

@@ -17,6 +17,7 @@ from torch.distributions import Distribution, TransformedDistribution, constrain
 from torch.distributions.utils import broadcast_all
 
 from probdefense.rng import forked
+from probdefense.ops import bounded, unbounded
 
 
 class MultiplicativeLogNormal(dist.TorchDistribution):
@@ -232,19 +233,6 @@ class MeanField(nn.Module):
 def filled(distribution: Any, shape: tuple[int, ...]) -> Any:
     """A distribution of elements, or of whole vectors, expanded to values of a shape."""
     return distribution.expand(shape[: len(shape) - len(distribution.event_shape)])
-
-
-def bounded(rho: Tensor, floor: float, ceiling: float | None) -> Tensor:
-    """The scale of a free parameter, between floor and ceiling."""
-    if ceiling is not None:
-        return floor + (ceiling - floor) * rho.sigmoid()
-    return rho.exp() + floor if floor else rho.exp()
-
-
-def unbounded(scale: float, floor: float, ceiling: float | None) -> float:
-    """The free parameter of a scale."""
-    above = scale - floor
-    return math.log(above) if ceiling is None else math.log(above / (ceiling - scale))
 
 
 class Spread(nn.Module):

@@ -12,6 +12,7 @@ from probdefense.defenses.mc_dropout import mc_dropout
 from probdefense.defenses.particles import particles
 from probdefense.defenses.pni import pni
 from probdefense.defenses.random_transforms import random_transforms
+from probdefense.defenses.random_filters import random_filters
 from probdefense.defenses.rse import rse
 from probdefense.defenses.wca import wca
 
@@ -28,6 +29,7 @@ __all__ = [
     "pni",
     "quantiles",
     "random_transforms",
+    "random_filters",
     "rse",
     "signal_to_noise",
     "surrogates",

@@ -1,7 +1,7 @@
 r"""Particles: networks of one kind that together stand for a posterior, $\frac1K \sum_k \delta_{\theta_k}$.
 
 Liu and Wang, 2016, [Stein Variational Gradient Descent](https://arxiv.org/abs/1608.04471); Doan et al.,
-2022, [Bayesian Learning with Information Gain](https://proceedings.mlr.press/v162/doan22a.html). As a random
+2022, [Bayesian Learning with Information Gain](https://arxiv.org/abs/2212.02003). As a random
 variable they are an ensemble; what makes them particles is the objective, `objectives.svgd`, under which they
 repel each other, and that they have one architecture, so that their distance is defined.
 
@@ -41,7 +41,7 @@ def particles(nets: Iterable[nn.Module], *, num_data: int | None = None) -> Defe
     References:
         Liu and Wang, 2016, [Stein Variational Gradient Descent](https://arxiv.org/abs/1608.04471); Doan et
         al., 2022, [Bayesian Learning with Information Gain Provably Bounds Risk for a Robust Adversarial
-        Defense](https://proceedings.mlr.press/v162/doan22a.html)
+        Defense](https://arxiv.org/abs/2212.02003)
 
     Examples:
         >>> defense = particles([torch.nn.Linear(4, 3) for _ in range(5)], num_data=100)

@@ -1,7 +1,7 @@
 r"""Information gain: attacked inputs shall tell the posterior as much, or as little, as clean ones.
 
 Doan et al., 2022, [Bayesian Learning with Information
-Gain](https://proceedings.mlr.press/v162/doan22a.html). The information gain of an answer is the mutual
+Gain](https://arxiv.org/abs/2212.02003). The information gain of an answer is the mutual
 information of label and weights, what the draws disagree about:
 
 $$ I(x) = H\big[\mathbb{E}_\theta\, p_\theta(x)\big] - \mathbb{E}_\theta\, H\big[p_\theta(x)\big] $$
@@ -39,7 +39,7 @@ def information_gain(
 
     References:
         Doan et al., 2022, [Bayesian Learning with Information Gain Provably Bounds Risk for a Robust
-        Adversarial Defense](https://proceedings.mlr.press/v162/doan22a.html)
+        Adversarial Defense](https://arxiv.org/abs/2212.02003)
 
     Examples:
         >>> import probdefense as pd

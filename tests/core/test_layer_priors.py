@@ -81,7 +81,8 @@ def test_a_hierarchy_is_in_arviz_by_layer():
     tree = pd.to_arviz(defense, batch(), num_samples=7)
     assert tree["posterior"]["weights_scale"].shape == (1, 7, 2)
     center = defense.sites["weights_scale"].center().detach()
-    found = tree["posterior"]["prior_scale"].sel(prior_parameter="2.weight").values.ravel()[0]
+    (scale,) = (tree[g]["prior_scale"] for g in ("posterior", "constant_data") if "prior_scale" in tree[g])
+    found = scale.sel(prior_parameter="2.weight").values.ravel()[0]
     assert found == pytest.approx(float(center[1]), rel=1e-4)
 
 

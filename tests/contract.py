@@ -138,6 +138,7 @@ FIXED_BUDGET: dict[str, Callable[..., torch.Tensor]] = {
     "r_fgsm": pd.attacks.r_fgsm,
     "bim": partial(pd.attacks.bim, num_steps=4),
     "mim": partial(pd.attacks.mim, num_steps=4),
+    "mim by signs": partial(pd.attacks.mim, num_steps=4, repeats=2, signs=True),
     "pgd": partial(pd.attacks.pgd, num_steps=4),
     "pgd with restarts": partial(pd.attacks.pgd, num_steps=2, num_restarts=2),
     "apgd": partial(pd.attacks.apgd, num_steps=8),

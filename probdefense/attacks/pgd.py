@@ -177,6 +177,7 @@ def mim(
     momentum: float = 1.0,
     loss: LossFn = expected_cross_entropy,
     repeats: int = 1,
+    signs: bool = False,
     target: Labels | None = None,
     seed: Seed = None,
     max_batch: int | None = None,
@@ -198,6 +199,9 @@ def mim(
         momentum: $\mu$, what is kept of the directions so far.
         loss: What is climbed, over the draws of one call.
         repeats: Calls whose gradients are averaged in every step.
+        signs: Whether the signs of the gradients of these calls are averaged instead, so that no call
+            outweighs the others: with one draw per call, what Sitawarin et al. find strongest against
+            random transforms.
         target: Classes wanted; the loss at them is descended instead.
         seed: An int, one per example, or a generator; fixes the draws of a random defense.
         max_batch: Examples at once.
@@ -209,7 +213,9 @@ def mim(
         ValueError: bad inputs or settings.
 
     References:
-        Dong et al., 2018, [Boosting Adversarial Attacks with Momentum](https://arxiv.org/abs/1710.06081)
+        Dong et al., 2018, [Boosting Adversarial Attacks with Momentum](https://arxiv.org/abs/1710.06081);
+        Sitawarin et al., 2022, [Demystifying the Adversarial Robustness of Random Transformation
+        Defenses](https://arxiv.org/abs/2207.03574), for the signs
 
     Examples:
         >>> import probdefense as pd
@@ -225,6 +231,7 @@ def mim(
         step_size=ball.radius / num_steps if step_size is None else step_size,
         num_steps=num_steps,
         repeats=repeats,
+        signs=signs,
         momentum=momentum,
         name="mim",
     )
@@ -239,6 +246,7 @@ def ascend(
     step_size: float | Tensor,
     num_steps: int,
     repeats: int = 1,
+    signs: bool = False,
     momentum: float | None = None,
     active_set: bool = False,
     name: str,
@@ -249,7 +257,7 @@ def ascend(
     step = torch.as_tensor(step_size, dtype=points.dtype, device=points.device).expand_as(ball.radius)
     for number in range(num_steps):
         slope = input_gradient(
-            logits_fn, points, goal.climbed, repeats=repeats, where=f"{name}, step {number}"
+            logits_fn, points, goal.climbed, repeats=repeats, signs=signs, where=f"{name}, step {number}"
         )
         direction = slope.gradient
         if active_set:

@@ -54,6 +54,20 @@ def test_bim_by_hand():
     torch.testing.assert_close(bim(defense, x, y, eps=0.1, step_size=0.05, num_steps=3), point)
 
 
+def test_signs_of_draws_are_averaged_so_that_no_draw_outweighs_the_others():
+    """Three draws whose gradients are (1, 9), (1, -1) and (1, -1): their mean points up, their signs down."""
+    slopes = iter(torch.tensor([[1.0, 9.0], [1.0, -1.0], [1.0, -1.0]] * 2))
+
+    def logits_fn(x, num_samples=None):
+        gain = (x * next(slopes)).sum(1)
+        return torch.stack([torch.zeros_like(gain), gain], dim=1).unsqueeze(0)
+
+    x, y = torch.full((1, 2), 0.5), torch.tensor([0])
+    for signs, expected in ((False, 0.6), (True, 0.4)):
+        options = {"eps": 0.1, "num_steps": 1, "repeats": 3, "loss": margin, "signs": signs}
+        torch.testing.assert_close(mim(logits_fn, x, y, **options), torch.tensor([[0.6, expected]]))
+
+
 def test_momentum_by_hand():
     defense, (x, y) = defended("deterministic"), tiny_batch()
     point, velocity = x, torch.zeros_like(x)

@@ -51,6 +51,7 @@ def input_gradient(
     climbed: Callable[[Logits], Tensor],
     *,
     repeats: int = 1,
+    signs: bool = False,
     where: str = "the attack",
 ) -> Gradient:
     """Gradient of a per-example loss in `x`; nothing else receives a gradient.
@@ -60,6 +61,7 @@ def input_gradient(
         x: ``(batch, *event)``.
         climbed: ``logits -> (batch,)``, see `climb`.
         repeats: Batches of draws whose gradients are averaged, when memory is short.
+        signs: Whether the signs of these gradients are averaged instead.
         where: For the error message: the attack and its step.
 
     Raises:
@@ -67,6 +69,8 @@ def input_gradient(
         FloatingPointError: NaN or infinite gradients, naming the attack, the step and the examples.
     """
     slopes = [_slope(logits_fn, x, climbed, where) for _ in range(repeats)]
+    if signs:
+        slopes = [slope._replace(gradient=slope.gradient.sign()) for slope in slopes]
     if repeats == 1:
         return slopes[0]
     gradients, values, logits = zip(*slopes, strict=True)

@@ -24,6 +24,7 @@ from probdefense.rng import derive, forked
 from probdefense.study.nets import Facts, facts_of, net_of
 from probdefense.study.opponents import Opponent, step_control
 from probdefense.study.plans import PLANS, SMOKE, UNTUNED, Plan
+from probdefense.training import History, loop
 from probdefense.training.averages import ema
 from probdefense.training.loop import fit
 from probdefense.types import Attack, Inputs, LogitsFn, Norm, Objective
@@ -247,10 +248,7 @@ class Workshop:
 
     def fit(self, defense: Defense, objective: Objective = elbo) -> Defense:
         """Trains a defense by Adam with a cosine schedule and an average of weights, as every recipe does."""
-        plan, train, epochs = self.plan, self.data.train, self.length or self.epochs
-        if plan.crop or plan.flip:
-            train = augmented(train, crop=plan.crop, flip=plan.flip)
-        loader = DataLoader(train, batch_size=plan.batch_size, shuffle=True, num_workers=plan.workers)
+        plan, loader, epochs = self.plan, self.batches(), self.length or self.epochs
         if self.device is not None:
             defense.to(self.device)
         optimizer = torch.optim.Adam(defense.param_groups(), lr=self.rate, fused=True)
@@ -265,6 +263,19 @@ class Workshop:
             **({} if self.fabric is None else {"fabric": self.fabric}),
         )
         return defense.eval()
+
+    def batches(self) -> DataLoader[Any]:
+        """The training set in batches."""
+        plan, train = self.plan, self.data.train
+        if plan.crop or plan.flip:
+            train = augmented(train, crop=plan.crop, flip=plan.flip)
+        return DataLoader(train, batch_size=plan.batch_size, shuffle=True, num_workers=plan.workers)
+
+    def walk(self, defense: Defense, callback: Any, *, epochs: int, rate: float) -> None:
+        """Goes on from a trained defense by SGD at a constant rate; a callback sees the end of each epoch."""
+        optimizer = torch.optim.SGD(defense.param_groups(), lr=rate, momentum=0.9)
+        options = {} if self.fabric is None else {"fabric": self.fabric}
+        loop.fit(defense, self.batches(), epochs=epochs, optimizer=optimizer, callbacks=[callback], **options)
 
     def warming(self, attack: Attack) -> Attack:
         """An attack of one training, whose radius grows in its first steps."""
@@ -283,3 +294,9 @@ class Rehearsal(Workshop):
     def fit(self, defense: Defense, objective: Objective = elbo) -> Defense:
         """The defense as it is."""
         return defense.eval()
+
+    def walk(self, defense: Defense, callback: Any, *, epochs: int, rate: float) -> None:
+        """Stands still."""
+        callback.begin(defense)
+        for epoch in range(epochs):
+            callback(epoch, History())

@@ -37,7 +37,7 @@ __all__ = [
     "recipe",
 ]
 
-ROOMS = ("baselines", "noise", "features", "inputs", "weights", "adaptation")
+ROOMS = ("baselines", "noise", "features", "inputs", "weights", "posteriors", "adaptation")
 """Our files of recipes, in the order of the catalog."""
 
 for room in ROOMS:

@@ -24,7 +24,7 @@ from probdefense.core.settings import check_settings, packed, settings_of, unpac
 from probdefense.core.sites import Site, noise_sites
 from probdefense.core.smoothing import input_noise
 from probdefense.core.vectorized import Vectorized
-from probdefense.logits.adapters import Decided, Samples, Static, with_options
+from probdefense.logits.adapters import Decided, Samples, Static, paired, with_options
 from probdefense.nn.passes import averaging
 from probdefense.types import Draws, Inputs, Labels, Logits, LogitsFn, Rule, Step
 from probdefense.validation import check_count, check_kind, check_labels, check_member, check_positive
@@ -156,8 +156,8 @@ class Defense(nn.Module):
             num_samples: Draws, 1 by default.
             max_batch: Images per forward pass; chosen by measurement when None.
             backend: ``"auto"``, ``"loop"``, ``"vmap"`` or ``"fold"``.
-            draws: ``"antithetic"`` for pairs, see `samples`.
-            recompute: Whether only one pass is remembered for the gradient, see `samples`.
+            draws: As in `samples`.
+            recompute: As in `samples`.
 
         Returns:
             ``(samples, batch, classes)``; one sample if nothing is random.
@@ -173,7 +173,7 @@ class Defense(nn.Module):
         if recompute and self.stochastic:
             seed = int(torch.randint(2**62, ()))
             return self.drawn(x, num_samples, seed=seed, max_batch=max_batch or len(x), draws=draws)
-        return self._engine.logits(x, num_samples, max_batch, backend, antithetic=self._pairs(draws))
+        return self._engine.logits(x, num_samples, max_batch, backend, antithetic=paired(self, draws))
 
     def drawn(
         self,
@@ -183,7 +183,6 @@ class Defense(nn.Module):
         seed: int,
         max_batch: int | None = None,
         draws: str = "independent",
-        recompute: bool = False,
     ) -> Logits:
         """As the call, with draws that belong to `seed`, and memory for one pass: what an attack is given.
 
@@ -195,40 +194,28 @@ class Defense(nn.Module):
             num_samples: Draws, 1 by default.
             seed: Of the draws.
             max_batch: Images (rows times draws) per pass; it changes no draw.
-            draws: ``"antithetic"`` for pairs, see `samples`.
-            recompute: As `max_batch`, with one draw of the batch per pass.
+            draws: As in `samples`.
 
         Returns:
             ``(samples, batch, classes)``.
         """
         num_samples = 1 if num_samples is None or not self.stochastic else num_samples
         check_count("num_samples", num_samples)
-        max_batch = len(x) if recompute and max_batch is None else max_batch
-        return self._engine.logits(x, num_samples, max_batch, "auto", seed, self._pairs(draws))
+        return self._engine.logits(x, num_samples, max_batch, "auto", seed, paired(self, draws))
 
     @property
     def pairs_draws(self) -> bool:
         """Whether draws can come in antithetic pairs: not those of Pyro programs of your own."""
         return isinstance(self._engine, Vectorized)
 
-    def _pairs(self, draws: str) -> bool:
-        """Whether draws are paired, refused where they cannot be."""
-        return bool(with_options(self, 1, draws).draw_options)
-
     def samples(self, num_samples: int, draws: str = "independent", *, recompute: bool = False) -> Samples:
-        r"""The same function with a fixed number of draws per call.
-
-        Of antithetic draws the numbers 2k and 2k + 1 share their randomness and differ in its sign about the
-        location, all sites jointly, $\theta, 2\mu - \theta$. Each alone is distributed as ever, so means over
-        single draws stay unbiased, and those of odd functions vary less; what is even gains nothing. Discrete
-        choices and families without a location are shared by a pair, and an odd last draw stands alone.
-        Predictions, verdicts, certificates and whatever an attack decides on stay independent.
+        """The same function with a fixed number of draws per call; see `adapters.with_options` for pairs.
 
         Args:
             num_samples: Draws per call.
             draws: ``"independent"`` or ``"antithetic"``.
-            recompute: Whether a gradient takes the memory of one draw: passes are run again in the backward
-                pass with the same draws, which costs about a third more time. Differentiable in `x` only.
+            recompute: Whether a gradient takes the memory of one draw: passes run again in the backward pass
+                with the same draws, about a third more time. Differentiable in `x` only.
 
         Raises:
             ValueError: antithetic draws of a pair of Pyro programs of your own.

@@ -13,11 +13,12 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, TransformedDistribution, constraints, kl_divergence, register_kl
 from torch.distributions.utils import broadcast_all
 
-from probdefense.rng import forked
 from probdefense.ops import bounded, unbounded
+from probdefense.rng import forked
 
 
 class MultiplicativeLogNormal(dist.TorchDistribution):
@@ -169,6 +170,7 @@ class Fixed(nn.Module):
         for name, number in numbers.items():
             self.register_buffer(name, number.clone())
         self.standard_normal = self._is_standard_normal()
+        self.centered = self._is_centered()
         self.register_load_state_dict_post_hook(_read_anew)
 
     def _is_standard_normal(self) -> bool:
@@ -178,14 +180,21 @@ class Fixed(nn.Module):
             1.0,
         ]
 
+    def _is_centered(self) -> bool:
+        """Whether it is one normal around zero for all elements."""
+        numbers = [getattr(self, name) for name in self.names]
+        return self.kind is dist.Normal and all(n.dim() == 0 for n in numbers) and float(numbers[0]) == 0.0
+
     def forward(self) -> Distribution:
         """The distribution, on the device where the module is."""
-        return self.kind(**{name: getattr(self, name) for name in self.names}, validate_args=False)
+        made = self.kind(**{name: getattr(self, name) for name in self.names}, validate_args=False)
+        made.centered = self.centered
+        return made
 
 
 def _read_anew(module: Fixed, _: Any) -> None:
     """After a load the numbers may be others."""
-    module.standard_normal = module._is_standard_normal()
+    module.standard_normal, module.centered = module._is_standard_normal(), module._is_centered()
 
 
 class MeanField(nn.Module):
@@ -228,6 +237,40 @@ class MeanField(nn.Module):
         if not self.floor and self.ceiling is None:
             made.log_scale = self.log_scale  # so that nobody takes the log of its exponential
         return made
+
+
+class _Drawn(torch.autograd.Function):
+    r"""$\mu + e^\rho \varepsilon$ and its KL from $N(0, \sigma^2)$, by one exp and few passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loc: Tensor, log_scale: Tensor, eps: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scale = log_scale.exp()
+        ctx.save_for_backward(loc, scale, eps, sigma)
+        squares = torch.dot(loc, loc) + torch.dot(scale, scale)
+        kl = squares / (2 * sigma**2) - log_scale.sum() + loc.numel() * (sigma.log() - 0.5)
+        return torch.addcmul(loc, scale, eps), kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor, of_kl: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        loc, scale, eps, sigma = ctx.saved_tensors
+        pull = of_kl / sigma**2
+        of_scale = torch.addcmul(scale * pull, slope, eps)
+        return torch.addcmul(slope, loc, pull), of_scale.mul_(scale).sub_(of_kl), None, None
+
+
+def drawn_with_kl(
+    q: nn.Module | None, p: nn.Module | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor] | None:
+    """A draw of a posterior and its KL at once, where there is a short way; None elsewhere."""
+    if type(q) is not MeanField or not isinstance(p, Fixed) or not p.centered:
+        return None
+    if q.kind is not dist.Normal or q.floor or q.ceiling is not None:
+        return None
+    eps = torch.randn(q.loc.shape, dtype=q.loc.dtype, device=q.loc.device, generator=generator)
+    return _Drawn.apply(q.loc, q.log_scale, eps, p.get_buffer("scale"))
 
 
 def filled(distribution: Any, shape: tuple[int, ...]) -> Any:
@@ -313,7 +356,7 @@ def divergence(q: Distribution, p: Distribution, value: Tensor, name: str) -> Te
 
 def _flat_normal_kl(q: Any, p: Any) -> Tensor:
     """KL of a long diagonal Normal from a shared scalar one, by sums that make no temporary."""
-    loc = q.loc if p.loc == 0 else q.loc - p.loc
+    loc = q.loc if getattr(p, "centered", False) else q.loc - p.loc
     squares = torch.dot(loc, loc) + torch.dot(q.scale, q.scale)
     known = getattr(q, "log_scale", None)
     logs = (q.scale.log() if known is None else known).sum() - q.loc.numel() * p.scale.log()

@@ -18,11 +18,10 @@ import torch
 from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from probdefense.core.sites import NoiseSite, Site, removed, unique_names
 from probdefense.core.sites.site import EMPTY
-from probdefense.nn.passes import execution_order, explained, held_still
+from probdefense.nn.passes import execution_order, explained, held_still, swapped
 from probdefense.nn.placeholder import placeholders
 from probdefense.rng import GLOBAL, keyed
 from probdefense.types import Draws, Inputs, Labels
@@ -136,7 +135,8 @@ class Model(nn.Module):
             for hole in self.holes.values():
                 hole.uses = 0
             copied = x.clone()  # networks may work in place, and x is the caller's
-            logits = functional_call(self.net, tensors, (copied,)) if tensors else self.net(copied)
+            with swapped(self.net, tensors):
+                logits = self.net(copied)
         check_output(logits, len(x))
         return logits
 

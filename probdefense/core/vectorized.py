@@ -16,11 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.func import vmap
 
 from probdefense.core.costs import draws_at_once
-from probdefense.core.families import divergence
+from probdefense.core.families import divergence, drawn_with_kl
+from probdefense.core.local import local_noise
 from probdefense.core.programs import Guide, Model, Sizes, block
-from probdefense.core.sites import MemberSite
+from probdefense.core.sites import MemberSite, Site
 from probdefense.core.streams import CACHE_BYTES, Cached, Fresh, Keys, Posteriors, Stream
-from probdefense.nn.passes import held_still
+from probdefense.nn.passes import held_still, modules_of
 from probdefense.ops import log_mean_exp
 from probdefense.types import Draws, Inputs, Labels, Step
 from probdefense.validation import check_classes
@@ -146,8 +147,11 @@ class Vectorized:
         """`num_samples` functions: a key for each draw, and copies of what it is drawn from."""
         device = _device(self.model, self.guide)
         keys = Keys(self.model, seed, num_samples, ids, True, device=device, frozen=True)
-        net = self.model.net
-        state = {n: v.detach().clone() for n, v in [*net.named_parameters(), *net.named_buffers()]}
+        net, copies = self.model.net, dict[int, Tensor]()
+        named = itertools.chain(
+            net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)
+        )
+        state = {name: copies.setdefault(id(t), t.detach().clone()) for name, t in named}
         return Frozen(self, num_samples, Cached(keys), ids, state)
 
     def step(self, x: Inputs, y: Labels, draws: Draws | None) -> Step:
@@ -156,27 +160,37 @@ class Vectorized:
         A choice of member that the draws leave open is enumerated, so that every member is trained:
         the log-likelihood is the mean over members, the logits are their log mean probability.
         """
-        sites, branching = Posteriors(), {site.name for site in self._branching}
-        drawn = self._draw(x, sites) if draws is None else draws
+        sites, kl, branching = Posteriors(), dict[str, Tensor](), {site.name for site in self._branching}
+        drawn = self._draw(x, sites, kl) if draws is None else draws
         values = {n: v for n, v in drawn.items() if n not in branching} if draws is None else draws
-        logits = torch.stack([self.model.logits(x, case, still=False) for case in self._cases(values)])
+        local = self.model.global_sites if draws is None else []
+        logits = torch.stack([self._trained(x, case, local) for case in self._cases(values)])
         check_classes(y, logits.shape[-1])
         log_probs = logits.log_softmax(-1)
         log_lik = log_probs.gather(-1, y.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).mean(0)
         mixed = logits[0] if len(logits) == 1 else log_mean_exp(log_probs)
-        return Step(mixed, log_lik, self._kl(x, values, sites), values)
+        return Step(mixed, log_lik, self._kl(x, values, sites, kl), values)
+
+    def _trained(self, x: Inputs, values: Draws, local: list[Site]) -> Tensor:
+        """Logits in the modes of training; layers of `local` sites may draw their outputs."""
+        with self.model.turn, local_noise(self.model.net, local):
+            return self.model.logits(x, values, still=False)
 
     def draw(self, x: Inputs) -> Draws:
         """One joint draw of all sites for a batch, differentiable in the guide's parameters."""
         return self._draw(x, Posteriors())
 
-    def _draw(self, x: Inputs, sites: Posteriors) -> Draws:
+    def _draw(self, x: Inputs, sites: Posteriors, kl: dict[str, Tensor] | None = None) -> Draws:
+        """The draw; nats that came with it are left in `kl`, where they are wanted."""
         values: Draws = {}
-        for site in map(sites.of, self.model.global_sites):
-            if isinstance(site, MemberSite):
+        for site in self.model.global_sites:
+            both = None if kl is None else drawn_with_kl(site.posterior, site.prior, self.model.generator)
+            if both is not None and kl is not None:
+                values[site.name], kl[site.name] = both
+            elif isinstance(site, MemberSite):
                 values[site.name] = site.draw((1, 1))[0]
             else:
-                values[site.name] = site.draw((site.size,), self.model.generator)
+                values[site.name] = sites.of(site).draw((site.size,), self.model.generator)
         uses = self.model.uses(x)
         return values | {use.name: sites.of(use.site).draw((len(x), *use.shape)) for use in uses}
 
@@ -203,11 +217,10 @@ class Vectorized:
         choices = itertools.product(*([torch.tensor([k]) for k in range(site.count)] for site in left))
         return [values | {site.name: k for site, k in zip(left, ks, strict=True)} for ks in choices]
 
-    def _kl(self, x: Inputs, values: Draws, sites: Posteriors) -> dict[str, Tensor]:
-        """Nats for the whole data set, by site; sites whose posterior is their prior have none."""
-        kl: dict[str, Tensor] = {}
+    def _kl(self, x: Inputs, values: Draws, sites: Posteriors, kl: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Nats for the whole data set, by site, beside those known; none where the posterior is the prior."""
         for site in self.model.global_sites:
-            if site.posterior is not None and site.prior is not None:
+            if site.name not in kl and site.posterior is not None and site.prior is not None:
                 q, p = sites.of(site).distribution("posterior"), site.distribution("prior", values)
                 kl[site.name] = divergence(q, p, values[site.name], site.name)
         scale = max(self.model.num_data or 0, len(x)) / len(x)
@@ -312,7 +325,7 @@ class _RunAgain(torch.autograd.Function):
 
 
 def _has(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    return any(isinstance(module, kinds) for module in net.modules())
+    return any(isinstance(module, kinds) for module in modules_of(net))
 
 
 def _ranges(total: int, size: int) -> Iterator[range]:

@@ -15,14 +15,17 @@ without a prior (KL weight 0). Under that loss alone the scales shrink, and with
 non-determinism: `signal_to_noise` shows it; a floor, a prior or an adversarial objective holds it.
 """
 
+from dataclasses import replace
+
 import pyro.distributions as dist
 from torch import nn
 
 from probdefense.core.defense import Defense
+from probdefense.core.local import check_local
 from probdefense.core.registry import builder
 from probdefense.core.sites import Family, Prior, WeightSite, Where, flat_weights
 from probdefense.defenses.host import host
-from probdefense.validation import check_count, check_kind, check_positive, kind_of
+from probdefense.validation import check_count, check_kind, check_member, check_positive, kind_of
 
 
 @builder
@@ -38,6 +41,7 @@ def bayesian(
     rank: int = 0,
     where: Where | None = None,
     layout: str = "flat",
+    estimator: str = "weights",
 ) -> Defense:
     r"""Makes the parameters of a network random, with a trained location and scale each.
 
@@ -65,13 +69,18 @@ def bayesian(
         where: ``(name, tensor) -> bool``, which parameters; by default all but those of normalization
             layers and frozen ones (``requires_grad=False``).
         layout: ``"flat"``, one site per pair of families, or ``"per_tensor"``, one site per parameter.
+        estimator: How a training step draws: ``"weights"``, or ``"local"``, the outputs of linear and
+            convolution layers by themselves for every example, so that gradients vary less. For convolutions,
+            and for linear layers over sequences, that is an approximation: outputs of one example are drawn
+            independently. The posterior is the same, and everything but training draws weights.
 
     Returns:
         A `Defense`; the state dict holds ``guide.posteriors.weights.loc`` and ``.log_scale``.
 
     Raises:
         ValueError: no parameter was chosen, `init_scale` is not between floor and ceiling, a rank with
-            another family, or a prior that does not allow every real number or has another shape.
+            another family, a prior that does not allow every real number or has another shape, or the local
+            estimator with weights that are not independent normal numbers.
 
     References:
         Blundell et al., 2015, [Weight Uncertainty in Neural Networks](https://arxiv.org/abs/1505.05424);
@@ -84,6 +93,7 @@ def bayesian(
         >>> list(defense.sites), defense(torch.rand(2, 4), num_samples=5).shape
         (['weights'], torch.Size([5, 2, 3]))
     """
+    check_member("estimator", estimator, ("weights", "local"))
     check_positive("init_scale", init_scale)
     check_positive("floor", floor, zero=True)
     if init_scale <= floor:
@@ -111,6 +121,11 @@ def bayesian(
         layout=layout,
         taken=[site.name for site in sites],
     )
+    if estimator == "local":
+        weights = [replace(s, estimator=estimator) if isinstance(s, WeightSite) else s for s in weights]
+        for site in weights:
+            if isinstance(site, WeightSite):
+                check_local(site)
     return Defense.from_sites(net, [*sites, *weights], num_data)
 
 

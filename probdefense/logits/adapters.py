@@ -191,7 +191,13 @@ DRAWS = ("independent", "antithetic")
 
 
 def with_options(logits_fn: LogitsFn, num_samples: int, draws: str = "independent") -> Samples:
-    """The function with a fixed number of draws, which may come in antithetic pairs.
+    r"""The function with a fixed number of draws, which may come in antithetic pairs.
+
+    The numbers 2k and 2k + 1 share their randomness and differ in its sign about the location, all sites
+    jointly: $\theta$ and $2\mu - \theta$. Each alone is distributed as ever, so means over single draws stay
+    unbiased, and those of odd functions vary less; what is even gains nothing. Discrete choices, and families
+    without a location, are shared by a pair, and an odd last draw stands alone. Predictions, verdicts,
+    certificates and whatever an attack decides on stay independent.
 
     Raises:
         ValueError: pairs of a random function that has none.
@@ -206,6 +212,11 @@ def with_options(logits_fn: LogitsFn, num_samples: int, draws: str = "independen
             "knows it; a pair of Pyro programs of your own draws independently"
         )
     return Samples(logits_fn, num_samples, draws=draws)
+
+
+def paired(logits_fn: LogitsFn, draws: str) -> bool:
+    """Whether the draws of a call are paired, refused where they cannot be."""
+    return bool(with_options(logits_fn, 1, draws).draw_options)
 
 
 def independent(logits_fn: LogitsFn) -> dict[str, str]:

@@ -29,13 +29,14 @@ TRAINING = {nn.TransformerEncoderLayer.forward}
 def held_still(net: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block: nothing is random but layers with holes, which keep their mode."""
     before: list[tuple[nn.Module, str, Any]] = []
-    owners = [module for module in net.modules() if type(module).train is not nn.Module.train]
-    modes = {module: module.training for module in net.modules()} if owners else {}
+    modules = modules_of(net)
+    owners = [module for module in modules if type(module).train is not nn.Module.train]
+    modes = {module: module.training for module in modules} if owners else {}
     try:
         for owner in owners:  # what else such a module switches is known to its own train() alone
             owner.train(False)
         _restore(modes)
-        for module in net.modules():
+        for module in modules:
             for name, value in _still(module).items():
                 if (present := getattr(module, name)) != value:
                     before.append((module, name, present))
@@ -47,6 +48,42 @@ def held_still(net: nn.Module) -> Iterator[None]:
         for owner in owners:
             owner.train(modes[owner])
         _restore(modes)
+
+
+def modules_of(net: nn.Module) -> list[nn.Module]:
+    """Every module of a network once, as ``net.modules()``, without the names that make that slow."""
+    found: dict[int, nn.Module] = {}
+    left = [net]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            left += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
+
+
+@contextmanager
+def swapped(net: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters and buffers replaced for the block, by name.
+
+    As torch's ``functional_call``, which looks through the whole network for tied tensors at every call; here
+    every name of a tied tensor is given.
+    """
+    owners: dict[str, nn.Module] = {}
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, tensor in tensors.items():
+            path, _, attribute = name.rpartition(".")
+            if path not in owners:
+                owners[path] = net.get_submodule(path)
+            owner = owners[path]
+            table: Any = owner._parameters if attribute in owner._parameters else owner._buffers
+            before.append((table, attribute, table[attribute]))
+            table[attribute] = tensor
+        yield
+    finally:
+        for table, attribute, tensor in reversed(before):
+            table[attribute] = tensor
 
 
 def _restore(modes: Mapping[nn.Module, bool]) -> None:

@@ -90,7 +90,9 @@ class Keyed:
         """``(samples, batch, classes)``."""
         key = self._next()
         if hasattr(self.logits_fn, "drawn"):
-            return self.logits_fn.drawn(x, num_samples, seed=key, max_batch=self.draw_chunk, **options)
+            recompute = options.pop("recompute", False)
+            size = len(x) if recompute and self.draw_chunk is None else self.draw_chunk
+            return self.logits_fn.drawn(x, num_samples, seed=key, max_batch=size, **options)
         with forked(key, x.device):
             return self.logits_fn(x, num_samples)
 

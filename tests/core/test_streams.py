@@ -68,3 +68,43 @@ def test_the_peak_of_a_predictive_does_not_grow_with_draws():
         code = [sys.executable, "-c", PEAK.format(draws=draws)]
         peaks.append(float(subprocess.run(code, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] <= 1.1 * peaks[0]
+
+
+RECOMPUTED = """
+import resource, torch, probdefense as pd
+torch.set_num_threads(1)
+torch.manual_seed(0)
+defense = pd.defenses.rse(pd.models.resnet20()).eval()
+x = torch.rand(24, 3, 32, 32, requires_grad=True)
+defense.mean()(x[:1].detach())
+loss = pd.losses.predictive_cross_entropy(defense.samples({draws}, recompute=True)(x), torch.zeros(24).long())
+torch.autograd.grad(loss.sum(), x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_gradients_by_recomputing_are_those_of_the_same_draws():
+    x, y = torch.rand(5, 1, 4, 4, requires_grad=True), torch.zeros(5, dtype=torch.int64)
+    defense = rse(bayesian(net()), before_linear=True)
+    slopes = []
+    for draws in ("independent", "antithetic"):
+        for recompute in (True, False):
+            torch.manual_seed(4)
+            if recompute:
+                logits = defense.samples(4, draws=draws, recompute=True)(x)
+            else:
+                logits = defense.drawn(x, 4, seed=int(torch.randint(2**62, ())), draws=draws)
+            loss = pd.losses.predictive_cross_entropy(logits, y).sum()
+            slopes.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(slopes[0], slopes[1])
+    torch.testing.assert_close(slopes[2], slopes[3])
+    assert not torch.allclose(slopes[0], slopes[2])
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_recomputed_gradient_is_about_that_of_one_draw():
+    peaks = []
+    for draws in (1, 16):
+        code = [sys.executable, "-c", RECOMPUTED.format(draws=draws)]
+        peaks.append(float(subprocess.run(code, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] <= 1.5 * peaks[0]

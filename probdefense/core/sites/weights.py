@@ -38,6 +38,7 @@ class WeightSite(Site):
     names: tuple[tuple[str, ...], ...] = ()
     shapes: tuple[torch.Size, ...] = ()
     scaled_by: str = ""
+    estimator: str = "weights"
 
     @property
     def size(self) -> int:
@@ -49,7 +50,7 @@ class WeightSite(Site):
         parts = flat.split([shape.numel() for shape in self.shapes], dim=-1)
         leading = flat.shape[:-1]
         return {
-            names[0]: part.reshape(leading + shape)
+            names[0]: part if part.shape == leading + shape else part.reshape(leading + shape)
             for names, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
 

@@ -42,11 +42,15 @@ class ConditionalNoise(nn.Module):
     def __init__(self, channels: int, *, hidden: int, scale: float, axis: int):
         super().__init__()
         self.axis = axis
-        self.weight = nn.Parameter(torch.randn(hidden, channels) / math.sqrt(channels))
+        generator = torch.Generator().manual_seed(0)  # a layer that is built takes nothing from torch's state
+        into, out = (
+            torch.randn(shape, generator=generator) for shape in ((hidden, channels), (channels, hidden))
+        )
+        self.weight = nn.Parameter(into / math.sqrt(channels))
         self.bias = nn.Parameter(torch.full((hidden,), 0.1))
         self.loc_weight = nn.Parameter(torch.zeros(channels, hidden))
         self.loc_bias = nn.Parameter(torch.zeros(channels))
-        self.scale_weight = nn.Parameter(0.1 * torch.randn(channels, hidden) / math.sqrt(hidden))
+        self.scale_weight = nn.Parameter(0.1 * out / math.sqrt(hidden))
         self.scale_bias = nn.Parameter(torch.full((channels,), math.log(scale)))
         self.eps = Placeholder(dist.Normal(0.0, 1.0))
 

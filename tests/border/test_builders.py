@@ -20,6 +20,9 @@ BUILDERS = {
     "jump_relu": partial(jump_relu, kappa=0.1),
     "brelu": brelu,
     "mc_dropout": partial(mc_dropout, rate=0.1),
+    "wca": pd.defenses.wca,
+    "conditional_noise": pd.defenses.conditional_noise,
+    "random_transforms": pd.defenses.random_transforms,
     "deterministic": pd.deterministic,
 }
 
@@ -41,6 +44,35 @@ def build(builder, given):
 
 
 OPTIONS = {
+    "a layer by number": (lambda w: pd.defenses.wca(w.net, 0), TypeError, "layer as str"),
+    "a layer that is not there": (lambda w: pd.defenses.wca(w.net, "body"), ValueError, "known"),
+    "hidden 0": (lambda w: pd.defenses.conditional_noise(w.net, hidden=0), ValueError, "hidden >= 1"),
+    "transforms by name": (lambda w: pd.defenses.random_transforms(w.net, "shift"), TypeError, "transforms"),
+    "transforms of layers": (
+        lambda w: pd.defenses.random_transforms(w.net, [nn.ReLU()]),
+        TypeError,
+        "every transform as Transform",
+    ),
+    "no transforms": (lambda w: pd.defenses.random_transforms(w.net, []), ValueError, "got none"),
+    "more transforms than there are": (
+        lambda w: pd.defenses.random_transforms(w.net, [pd.nn.transforms.Shift(0.1)], count=2),
+        ValueError,
+        "at most the 1",
+    ),
+    "a shift by text": (lambda w: pd.nn.transforms.Shift("far"), TypeError, "scale as a number"),
+    "a crop of everything": (lambda w: pd.nn.transforms.Crop(1.0), ValueError, "scale in"),
+    "a covariance of fixed noise": (
+        lambda w: rse(w.net, before_linear=True, covariance="full"),
+        ValueError,
+        "scale='learned'",
+    ),
+    "covariance unknown": (
+        lambda w: rse(w.net, covariance="banded"),
+        ValueError,
+        "covariance 'banded'; known",
+    ),
+    "after unknown": (lambda w: rse(w.net, after="layer"), ValueError, "after 'layer'; known"),
+    "after without blocks": (lambda w: rse(w.net, after="block"), ValueError, "residual blocks"),
     "init_scale 0": (lambda w: bayesian(w.net, init_scale=0.0), ValueError, "init_scale > 0"),
     "init_scale a text": (lambda w: bayesian(w.net, init_scale="small"), TypeError, "init_scale as a number"),
     "init_scale below the floor": (

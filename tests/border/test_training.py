@@ -14,8 +14,10 @@ from probdefense.objectives import (
     distilled,
     elbo,
     gaussian_augmented,
+    harmonic,
     mixed,
     multi_sample,
+    rewarded,
     trades,
     warm_up,
 )
@@ -124,6 +126,16 @@ OBJECTIVES = {
         ValueError,
         "kl_weight .*known",
     ),
+    "a negative reward": (lambda w: rewarded(elbo, -1.0), ValueError, "weight >= 0"),
+    "a reward by name": (lambda w: rewarded(elbo, 1.0, reward="entropy"), TypeError, "reward as a function"),
+    "a reward that wants labels": (
+        lambda w: rewarded(elbo, 1.0, reward=lambda defense, x, y: 0.0),
+        TypeError,
+        "reward as a function",
+    ),
+    "a rewarded text": (lambda w: rewarded("elbo", 1.0), TypeError, "objective as a function"),
+    "nothing to reward": (lambda w: rewarded(elbo, 1.0)(w.plain, *w.data), ValueError, "none to reward"),
+    "epochs of no steps": (lambda w: harmonic(1.0, 0), ValueError, "num_steps >= 1"),
     "multi_sample of none": (lambda w: multi_sample(0), ValueError, "num_samples >= 1"),
     "adversarial without an attack": (lambda w: adversarial(elbo, "pgd"), TypeError, "attack as a function"),
     "adversarial without an objective": (

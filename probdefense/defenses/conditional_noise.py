@@ -38,13 +38,14 @@ def conditional_noise(
 
     Args:
         net: A network or a `Defense`; it is copied, parameters keep their names.
-        layer: The path of the layer whose input gets noise; by default the linear layer that runs last.
+        layer: The path of the layer whose input gets noise; by default the linear layer that runs last, in
+            every member of an ensemble.
         hidden: Width of the network that gives mean and scale.
         num_data: Size of the training set; not needed, as the noise has no KL.
         example: A batch of inputs, to see which layers run; needed where that cannot be guessed.
 
     Returns:
-        A `Defense` with one site, ``"<layer>.noise"``.
+        A `Defense` with the site ``"<layer>.noise"``.
 
     Raises:
         ValueError: no linear layer, no layer of that path, one that never runs, or `hidden` below 1.
@@ -60,8 +61,10 @@ def conditional_noise(
     """
     hidden = check_count("hidden", hidden)
     net, sites, num_data = host(net, num_data)
-    place = last_linear(net, sites, layer, example)
-    channels, axis = channels_of(place.module, place.event)
-    noise = ConditionalNoise(channels, hidden=hidden, scale=SCALE, axis=axis)
-    insert_before(place.module, "noise", noise.to(device_and_dtype(net, sites)))
+    like = device_and_dtype(net, sites)
+    for place in last_linear(net, sites, layer, example):
+        channels, axis = channels_of(place.module, place.event)
+        insert_before(
+            place.module, "noise", ConditionalNoise(channels, hidden=hidden, scale=SCALE, axis=axis).to(like)
+        )
     return Defense.from_sites(net, sites, num_data)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from probdefense.core.defense import Defense
 from probdefense.core.sites import Site, join, removed
+from probdefense.nn.members import Members
 from probdefense.nn.passes import held_still, input_shapes, inputs_seen, run_on_nothing, run_on_zeros
 from probdefense.nn.relus import FUNCTIONAL, Where, relu_paths
 from probdefense.nn.surgery import insert_after
@@ -150,29 +151,42 @@ def output_shapes(
     return Running({probes[name]: shape for name, shape in seen.shapes.items()}, seen.x)
 
 
-def last_linear(net: nn.Module, sites: list[Site], layer: str | None, example: Inputs | None) -> Layer:
-    """A layer by path, or the linear layer that runs last, with the event shape that it receives.
+def last_linear(net: nn.Module, sites: list[Site], layer: str | None, example: Inputs | None) -> list[Layer]:
+    """A layer by path, or the linear layer that runs last; of an ensemble that of every member.
 
     Raises:
         ValueError: no such layer, or one that never runs.
     """
-    modules = dict(net.named_modules())
-    linear = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
     if layer is not None:
         check_kind("layer", layer, str, "give the path of a layer, as net.named_modules() has it")
-    if layer not in modules if layer is not None else not linear:
+    modules = dict(net.named_modules())
+    found = [
+        path
+        for path, module in modules.items()
+        if (isinstance(module, nn.Linear) if layer is None else layer in (path, _within(net, path)[1]))
+    ]
+    if not found:
         wanted = "a linear layer" if layer is None else f"a layer at {layer!r}"
         raise ValueError(
             f"expected {wanted} in {type(net).__name__}, found none; known: "
             f"{', '.join(path for path in modules if path) or 'no layers'}; name one with layer="
         )
-    met = running(net, sites, linear if layer is None else [layer], example, asked=layer is not None).shapes
+    met = running(net, sites, found, example, asked=layer is not None).shapes
     if not met:
         raise ValueError(
-            f"{', '.join(linear)} never runs in evaluation mode; name a layer that runs with layer="
+            f"{', '.join(found)} never runs in evaluation mode; name a layer that runs with layer="
         )
-    path, event = list(met.items())[-1]
-    return Layer(path, modules[path], event)
+    last = {_within(net, path)[0]: Layer(path, modules[path], event) for path, event in met.items()}
+    return list(last.values())
+
+
+def _within(net: nn.Module, path: str) -> tuple[str, str]:
+    """The member of an ensemble that a path is in, and the path there."""
+    if not isinstance(net, Members):
+        return "", path
+    _, _, inside = path.partition(".")
+    member, _, name = inside.partition(".")
+    return member, name
 
 
 def running_relus(

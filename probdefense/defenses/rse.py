@@ -36,6 +36,9 @@ from probdefense.validation import check_function, check_kind, check_member, che
 FEW = 4
 """So many linear layers per convolution are still a convolutional network."""
 
+CORRELATED = ("full", "low_rank")
+"""Covariances that are more than a scale per channel."""
+
 RANK = 8
 """Columns of the factor of a low-rank covariance, where there are so many channels."""
 
@@ -49,7 +52,7 @@ def rse(
     sigma_inner: float = 0.1,
     scale: Literal["fixed", "learned", "variational"] = "fixed",
     scale_shape: Literal["scalar", "channel", "element"] = "scalar",
-    covariance: Literal["diagonal", "full", "low_rank"] = "diagonal",
+    covariance: Literal["diagonal", "full", "low_rank"] | None = None,
     init_at: Literal["input", "conv"] = "input",
     before_linear: bool = False,
     after: Literal["block"] | None = None,
@@ -79,9 +82,9 @@ def rse(
             ``"variational"``, a trained posterior scale against the fixed prior one, with a KL per
             example whose weight should be of order 1e-3 (at 1 the posterior is the prior).
         scale_shape: One trained scale per layer, per channel, or per element (needs `example`).
-        covariance: ``"diagonal"``: independent noise, scaled as `scale_shape` says; ``"full"`` or
-            ``"low_rank"``: a trained covariance over channels, shared by positions; needs
-            ``scale="learned"`` and no `example`.
+        covariance: Of the noise over channels, shared by positions: ``"diagonal"``, one scale per channel
+            (as ``scale_shape="channel"``), ``"full"`` or ``"low_rank"``, which need ``scale="learned"``. None
+            needs an `example`. By default noise is independent and `scale_shape` says what shares a scale.
         init_at: The first noise sits on the raw input, before any normalization inside the network,
             or directly before the first convolution.
         before_linear: Whether linear layers get noise too, the last one included.
@@ -130,7 +133,9 @@ def rse(
     check_positive("floor", floor, zero=True)
     if after is not None:
         check_member("after", after, ("block",))
-    _check_covariance(covariance, scale, scale_shape)
+    if covariance is not None:
+        _check_covariance(covariance, scale, scale_shape)
+        scale_shape = "channel"
     net, sites, num_data = host(net, num_data)
     hosts = _hosts(net, before_linear, where, after)
     asked, at_input = where is not None, init_at == "input"
@@ -147,7 +152,7 @@ def rse(
     for place in places:
         sigma = sigma_init if place.first else sigma_inner
         shape = _shape(scale_shape, place, example)
-        if covariance != "diagonal" and place.channels[0] > 1:  # one channel has a variance only
+        if covariance in CORRELATED and place.channels[0] > 1:  # one channel has a variance only
             noise = _correlated(place, sigma, covariance == "low_rank", options)
         else:
             trained = scale == "learned"
@@ -216,17 +221,17 @@ def _insert(net: nn.Module, place: _Place, noise: nn.Module) -> str:
 
 
 def _check_covariance(covariance: str, scale: str, scale_shape: str) -> None:
-    check_member("covariance", covariance, ("diagonal", "full", "low_rank"))
-    if covariance != "diagonal" and scale != "learned":
+    check_member("covariance", covariance, ("diagonal", *CORRELATED))
+    if covariance in CORRELATED and scale != "learned":
         raise ValueError(
             f"expected scale='learned' with covariance={covariance!r}, got scale={scale!r}; only a trained "
             "covariance differs from independent noise"
         )
-    if covariance != "diagonal" and scale_shape == "element":
+    if scale_shape == "element":
         raise ValueError(
             f"expected a covariance over channels, got covariance={covariance!r} with scale_shape='element', "
             "a matrix over all elements of a feature map (16x32x32 of them make 268 million entries); leave "
-            "scale_shape out"
+            "one of the two out"
         )
 
 

@@ -35,13 +35,13 @@ def wca(
 
     Args:
         net: A network or a `Defense`; it is copied, parameters keep their names.
-        layer: The path of the layer whose input gets noise; by default the linear layer that runs last. Of
-            a feature map the covariance is over channels, shared by positions.
+        layer: The path of the layer whose input gets noise; by default the linear layer that runs last, in
+            every member of an ensemble. Of a feature map the covariance is over channels.
         num_data: Size of the training set; not needed, as the noise has no KL.
         example: A batch of inputs, to see which layers run; needed where that cannot be guessed.
 
     Returns:
-        A `Defense` with one site, ``"<layer>.noise"``.
+        A `Defense` with the site ``"<layer>.noise"``.
 
     Raises:
         ValueError: no linear layer, no layer of that path, or one that never runs.
@@ -56,8 +56,8 @@ def wca(
         ['8.noise']
     """
     net, sites, num_data = host(net, num_data)
-    place = last_linear(net, sites, layer, example)
-    channels, axis = channels_of(place.module, place.event)
-    noise = CorrelatedNoise(SCALE, channels, axis=axis)
-    insert_before(place.module, "noise", noise.to(device_and_dtype(net, sites)))
+    like = device_and_dtype(net, sites)
+    for place in last_linear(net, sites, layer, example):
+        channels, axis = channels_of(place.module, place.event)
+        insert_before(place.module, "noise", CorrelatedNoise(SCALE, channels, axis=axis).to(like))
     return Defense.from_sites(net, sites, num_data)

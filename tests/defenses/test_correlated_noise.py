@@ -86,6 +86,16 @@ def test_it_starts_as_independent_noise_and_needs_no_example(covariance):
         torch.testing.assert_close(layer.covariance.detach(), 0.09 * torch.eye(len(layer.log_scale)))
 
 
+def test_a_diagonal_covariance_is_a_scale_per_channel():
+    options = {"scale": "learned", "before_linear": True}
+    diagonal = pd.defenses.rse(tiny_net(), covariance="diagonal", **options)
+    channel = pd.defenses.rse(tiny_net(), scale_shape="channel", **options)
+    shapes = [
+        {n: tuple(p.shape) for n, p in d.named_parameters() if "noise" in n} for d in (diagonal, channel)
+    ]
+    assert shapes[0] == shapes[1] and sorted(shapes[0].values()) == [(1, 1, 1), (3, 1, 1), (16,)]
+
+
 def test_features_of_tokens_are_the_last_axis():
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(15, 2))
     defense = pd.defenses.rse(

@@ -53,6 +53,14 @@ def test_a_layer_may_be_named(builder):
         builder(tiny_net(), 7)
 
 
+@builders
+def test_every_member_of_an_ensemble_gets_noise(builder):
+    pair = pd.defenses.ensemble([tiny_net(), tiny_net()])
+    assert list(builder(pair).sites) == ["member", "members.0.7.noise", "members.1.7.noise"]
+    assert list(builder(pair, "4").sites) == ["member", "members.0.4.noise", "members.1.4.noise"]
+    assert list(builder(pair, "members.1.4").sites) == ["member", "members.1.4.noise"]
+
+
 def test_conditional_noise_by_hand():
     layer = ConditionalNoise(1, hidden=2, scale=0.5, axis=-1)
     with torch.no_grad():

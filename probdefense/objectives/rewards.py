@@ -23,6 +23,7 @@ from probdefense.nn.correlated_noise import CorrelatedNoise
 from probdefense.nn.noise import Noise
 from probdefense.nn.placeholder import Placeholder
 from probdefense.nn.relative_noise import RelativeNoise, WeightNoise
+from probdefense.nn.transforms import Transform
 from probdefense.types import Inputs, Labels, Objective
 from probdefense.validation import check_count, check_function, check_number, check_objective, check_positive
 
@@ -228,7 +229,7 @@ def _scales(defense: Any) -> Iterator[tuple[Tensor, Tensor]]:
         if site.local and site.posterior is not None
     }
     for path, layer in defense.net.named_modules():
-        if not isinstance(layer, Noise | RelativeNoise | WeightNoise):
+        if not isinstance(layer, Noise | RelativeNoise | WeightNoise | Transform):
             continue
         scale = getattr(layer, "scale", getattr(layer, "alpha", None))
         if path in posteriors and scale is not None:

@@ -198,6 +198,13 @@ def test_how_many_are_applied():
         pd.certify(defense, x)
 
 
+def test_a_certificate_counts_on_noise_before_the_transforms_only():
+    before = pd.defenses.rse(pd.defenses.random_transforms(tiny_net()), sigma_init=0.3)
+    assert before.input_noise[0] == "normal"
+    behind = pd.defenses.random_transforms(pd.defenses.rse(tiny_net(), sigma_init=0.3))
+    assert behind.input_noise is None
+
+
 def test_scales_may_be_trained_and_given_layers_stay_as_they_are():
     given = kinds.Shift(0.2, learned=True)
     defense = pd.defenses.random_transforms(tiny_net(), [given, given])

@@ -44,6 +44,9 @@ def test_the_entropy_counts_every_trained_scale_once():
     assert entropy(variational).item() == pytest.approx(math.log(0.5) + math.log(0.1) + 2 * UNIT, rel=1e-5)
     weights = pd.defenses.pni(tiny_net(), alpha_init=0.5)
     assert entropy(weights).item() == pytest.approx(3 * (math.log(0.5) + UNIT), rel=1e-5)
+    changes = [pd.nn.transforms.Shift(0.25, learned=True), pd.nn.transforms.Color(0.5)]
+    transforms = pd.defenses.random_transforms(tiny_net(), changes)
+    assert entropy(transforms).item() == pytest.approx(math.log(2 * 0.25), rel=1e-5)
     laplace = pd.defenses.rse(linear(), before_linear=True, scale="learned", family=dist.Laplace(0.0, 1.0))
     assert entropy(laplace).item() == pytest.approx(math.log(0.2) + 1 + math.log(2), rel=1e-5)
 

@@ -7,6 +7,7 @@ of one guide are independent by construction, so agreement between them says not
 import inspect
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,8 @@ def to_arviz(
     if isinstance(source, Prediction):
         return _of_prediction(source, None if data is None else data[1], num_samples, seed)
     fits = list(source) if isinstance(source, Sequence) else [source]
-    if not fits or not all(isinstance(fit, Defense) for fit in fits):
+    bridged = isinstance(source, _bridges())
+    if not bridged and (not fits or not all(isinstance(fit, Defense) for fit in fits)):
         raise TypeError(
             f"expected a Defense, a list of them, a Report or a Prediction, got {type(source).__name__}; "
             "wrap a plain network with probdefense.deterministic(net)"
@@ -122,10 +124,20 @@ def to_arviz(
     adversarial = {} if adversarial is None else adversarial
     check_kind("adversarial", adversarial, Mapping, "give attacked inputs by radius, as in {0.1: x_adv}")
     attacked = {eps: _attacked(points, data[0]) for eps, points in adversarial.items()}
+    if bridged:
+        from probdefense.analysis.bridged import of_bridge
+
+        return of_bridge(source, data, num_samples, attacked, weights, seed)
     own = dict(coords or {}) | ({} if class_names is None else {"class": class_names})
     check_kind("dims", dims or {}, Mapping, "give names of axes by variable, as in {'weight': ['class']}")
     axes = {name: [*several] for name, several in (dims or {}).items()}
     return _of_fits(fits, data, num_samples, attacked, weights, seed, {n: [*v] for n, v in own.items()}, axes)
+
+
+def _bridges() -> tuple[type, ...]:
+    """The class of JAX posteriors, if one can have been made: looking must not import JAX."""
+    module = sys.modules.get("probdefense.numpyro.bridge")
+    return () if module is None else (module.Bridge,)
 
 
 def _attacked(points: Any, x: Inputs) -> Inputs:
@@ -188,7 +200,7 @@ def _of_fits(
     if adversarial:
         attacked = torch.stack([torch.stack(fit.attacked, dim=1) for fit in fits])
         groups["predictions"] = {"probs": attacked.exp().float().numpy()}
-    sizes = {"example": np.arange(len(y)), "class": np.arange(log_probs.shape[-1])}
+    sizes: dict[str, Any] = {"example": np.arange(len(y)), "class": np.arange(log_probs.shape[-1])}
     sizes |= {"eps": [float(radius) for radius in adversarial]} if adversarial else {}
     axes, fixed = {"y": ["example"], "x": ["example"], "probs": ["example", "class"]}, constants(fits)
     groups["constant_data"] |= fixed.values
@@ -220,13 +232,13 @@ def _of_draws(
     parts = []
     for name, named in found.items():
         for variable, axes in dims.items():
-            values = named.values.get(variable)
-            if values is not None and values.ndim - 2 != len(axes):
+            known_values = named.values.get(variable)
+            if known_values is not None and known_values.ndim - 2 != len(axes):
                 raise ValueError(
-                    f"expected {values.ndim - 2} names for the axes of {variable!r}, shape "
-                    f"{values.shape[2:]}, got {axes}; name every axis behind (chain, draw)"
+                    f"expected {known_values.ndim - 2} names for the axes of {variable!r}, shape "
+                    f"{known_values.shape[2:]}, got {axes}; name every axis behind (chain, draw)"
                 )
-            named.dims |= {variable: axes} if values is not None else {}
+            named.dims |= {variable: axes} if known_values is not None else {}
         parts.append(_tree({name: named.values}, named, coords))
     if densities := fits[0].log_prior:
         values = {n: np.stack([fit.log_prior[n].numpy() for fit in fits]) for n in densities}

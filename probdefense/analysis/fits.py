@@ -347,8 +347,8 @@ def log_prior(defense: Defense, x: Inputs, sites: dict[str, Tensor]) -> dict[str
         known = site.prior is not None and site.posterior is not None
         if known and not site.local and not isinstance(site, MemberSite):
             values = sites[site.name]
-            given = [{n: v[k] for n, v in sites.items()} for k in range(len(values))]
-            each = [vector(site, "prior", g).log_prob(v) for g, v in zip(given, values, strict=True)]
+            of_draw = [{n: v[k] for n, v in sites.items()} for k in range(len(values))]
+            each = [vector(site, "prior", g).log_prob(v) for g, v in zip(of_draw, values, strict=True)]
             found_sites[site.name] = torch.stack(each).double().cpu()
     return found_sites
 

@@ -4,20 +4,36 @@ Nothing is fetched: style and pictures are inside. It fits a phone and follows t
 light or dark.
 """
 
-import io
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import probdefense
+from probdefense.analysis.drawings import Row as Images
+from probdefense.analysis.drawings import attacked_row, inline_svg
 from probdefense.analysis.pictures import image_grid
 from probdefense.analysis.plots import accuracy_chart, norm_name, robustness_curves, shared_attacks
+from probdefense.analysis.sections import (
+    accuracies,
+    certified,
+    checked,
+    compared,
+    radius_of,
+    ranked,
+    spent,
+    strongest,
+)
 from probdefense.analysis.style import COLORS, MUTED
-from probdefense.checks.results import Check
-from probdefense.evaluation.comparison import Comparison
+from probdefense.checks.results import Check, Checks
+from probdefense.evaluation.certification import Certificate
+from probdefense.evaluation.comparison import Comparison, compare_all
+from probdefense.evaluation.exports import Exports
 from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.files import whole
 from probdefense.types import Inputs
@@ -27,53 +43,44 @@ DARK = ("#56a8e0", "#f28a4b", "#3cc49a", "#e0a2c4", "#f0b84a", "#8fcbf0", "#c2a0
 """`COLORS` on a dark page, in the same order."""
 
 
+CAN = "They could show that the number is too high, not that it is good."
+"""What checks are able to say."""
+
+
 class Verdict(NamedTuple):
-    """One sentence about a defense, beside its number."""
+    """One sentence about a defense, beside its number, and why."""
 
     defense: str
     number: str
     sentence: str
+    why: str
     checked: str
     doubt: str
-
-
-class Cell(NamedTuple):
-    """What stands in a table, large and small."""
-
-    text: str
-    small: str = ""
-    wide: bool = False
-
-
-class Table(NamedTuple):
-    """A table of the page."""
-
-    title: str
-    caption: str
-    columns: list[str]
-    rows: list[list[Cell]]
-    folded: bool = False
 
 
 def write_html(
     report: Report,
     folder: str | os.PathLike[str],
     *,
-    images: Mapping[str, tuple[Inputs, Inputs]] | None = None,
+    images: Mapping[str, Sequence[Any]] | Sequence[Any] | None = None,
     figures: Mapping[str, Any] | None = None,
-    checks: Mapping[str, Iterable[Check]] | None = None,
-    certificate: Mapping[str, Sequence[Row]] | None = None,
+    checks: Mapping[str, Iterable[Check]] | Checks | None = None,
+    certificate: Mapping[str, Sequence[Row] | Certificate] | Certificate | None = None,
     comparison: Comparison | None = None,
 ) -> Path:
     """Writes ``report.html`` into a folder, made if needed; other files stay.
 
+    `Report.to_html` does the same and compares the defenses itself.
+
     Args:
         report: One or several defenses.
-        folder: Where to.
-        images: By caption, clean and attacked images ``(batch, channels, height, width)``.
+        folder: Where to; a path that ends in ``.html`` is the file itself.
+        images: By caption, clean and attacked images ``(x, x_adv)``, each ``(batch, channels, height,
+            width)``; or ``(x, x_adv, y, before, after)`` with two `Prediction`, and then labels and
+            probabilities before and after the attack are shown. Or one of both, without a caption.
         figures: By caption, further matplotlib figures or axes.
-        checks: By defense, from `checks.run`.
-        certificate: By defense, rows of ``Certificate.curve``.
+        checks: From `checks.run`, of the one defense or by defense.
+        certificate: A `Certificate`, or rows of its ``curve``, of the one defense or by defense.
         comparison: From `compare`.
 
     Returns:
@@ -90,31 +97,81 @@ def write_html(
 
     check_report(report)
     check_kind("folder", folder, (str, os.PathLike), "give the path of a folder")
-    checks = checks or {}
-    details = (
-        _checked(checks, fired=True),
-        _checked(checks, fired=False),
-        _compared(comparison),
-        _certified(certificate),
-        _spent(report),
-    )
-    drawn = _figures(report, images or {}, figures or {})
+    report, by_name = ranked(report), _by_name(report, checks, Checks, "checks")
+    certificates = _by_name(report, certificate, Certificate, "certificate")
+    details = [
+        *compared(comparison),
+        certified(certificates, report),
+        checked(by_name, fired=True),
+        checked(by_name, fired=False),
+        spent(report),
+    ]
+    given = images if isinstance(images, Mapping) else {"": images} if images is not None else {}
+    pairs = {caption: each for caption, each in given.items() if len(each) == 2}
+    drawn = _figures(report, pairs, figures or {})
     template = resources.files("probdefense.analysis").joinpath("report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
         about=_about(report),
-        verdicts=_verdicts(report, checks),
-        accuracy=_accuracies(report),
+        verdicts=[
+            _verdict(report, strongest(report, name), by_name.get(name, [])) for name in report.defenses
+        ],
+        accuracy=accuracies(report),
+        images=[_labeled(caption, each) for caption, each in given.items() if len(each) != 2],
         tables=[table for table in details if table is not None],
-        figures=[{"svg": _svg(figure, n), "caption": text} for n, (text, figure) in enumerate(drawn)],
+        figures=[{"svg": _svg(figure, n, text), "caption": text} for n, (text, figure) in enumerate(drawn)],
         settings=_settings(report),
         colors=[{"light": light, "dark": dark} for light, dark in zip(COLORS, DARK, strict=True)],
     )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / "report.html") as place:
+    path = Path(folder) if Path(folder).suffix == ".html" else Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as place:
         place.write_text(page, encoding="utf-8")
-    return folder / "report.html"
+    return path
+
+
+def pairs_of(report: Exports) -> Comparison | None:
+    """Every pair of the defenses of a report, where they saw the same examples."""
+    arrays = report.arrays
+    labels = [arrays.get(arrays.key("labels", name)) for name in report.defenses]
+    known = all(arrays.key("correct", *(row[n] for n in NAMES)) in arrays for row in report.rows)
+    if len(labels) < 2 or not known or not isinstance(report, Report):
+        return None
+    same = all(each is not None and np.array_equal(each, labels[0]) for each in labels)  # type: ignore[arg-type]
+    return compare_all(ranked(report), rule=report.rows[0]["rule"]) if same else None
+
+
+NAMES = ("defense", "attack", "eps", "rule")
+
+
+def _by_name(report: Report, given: Any, kind: type, name: str) -> dict[str, Any]:
+    """Results by defense; one alone is that of the one defense.
+
+    Raises:
+        ValueError: one for several defenses.
+    """
+    if not isinstance(given, kind):
+        return dict(given or {})
+    if len(report.defenses) != 1:
+        raise ValueError(
+            f"expected {name} by defense, got one for {len(report.defenses)} defenses; give a dict of them"
+        )
+    return {report.defenses[0]: given}
+
+
+def _labeled(caption: str, given: Sequence[Any]) -> Images:
+    """Images with what was answered before and after.
+
+    Raises:
+        ValueError: not five things.
+    """
+    if len(given) != 5:
+        raise ValueError(
+            f"expected images as (x, x_adv) or (x, x_adv, y, before, after), got {len(given)} things; before "
+            "and after are predictions"
+        )
+    x, x_adv, y, before, after = given
+    return attacked_row(caption, x, x_adv, y, before, after)
 
 
 def _about(report: Report) -> str:
@@ -122,16 +179,9 @@ def _about(report: Report) -> str:
     data = f"{asked['data']}, " if "data" in asked else ""
     norm = norm_name(report)
     return (
-        f"{data}{norm} radius {_reach(report):g}, {row['num_examples']} images; rule {row['rule']}, "
+        f"{data}{norm} radius {radius_of(report):g}, {row['num_examples']} images; rule {row['rule']}, "
         f"{asked.get('num_samples', 1)} draws; 95 % intervals for the {asked.get('estimand', 'population')}"
     )
-
-
-def _verdicts(report: Report, checks: Mapping[str, Iterable[Check]]) -> list[Verdict]:
-    """One per defense, the most robust first."""
-    strongest = {name: _strongest(report, name) for name in report.defenses}
-    order = sorted(strongest, key=lambda name: -strongest[name]["accuracy"])
-    return [_verdict(report, strongest[name], checks.get(name, [])) for name in order]
 
 
 def _verdict(report: Report, row: Row, checks: Iterable[Check]) -> Verdict:
@@ -151,109 +201,29 @@ def _verdict(report: Report, row: Row, checks: Iterable[Check]) -> Verdict:
             f" at {norm_name(report)} radius {row['eps']:g}; "
             f"{100 * clean['accuracy']:.0f}\N{NO-BREAK SPACE}% on clean ones"
         )
-    ran = [check for check in checks if check.verdict != "not applicable"]
+    known = list(checks)
+    ran = [check for check in known if check.verdict not in ("not applicable", "cannot tell")]
+    unsure = sum(check.verdict == "cannot tell" for check in known)
     fired = [f"{check.name} ({check.verdict})" for check in ran if check.fired]
-    checked = f"{len(ran)} checks found nothing wrong." if ran and not fired else ""
+    quiet = f"{len(ran)} checks found nothing wrong. {f'{unsure} cannot tell. ' if unsure else ''}{CAN}"
     doubt = f"Not to be trusted yet: {', '.join(fired)}." if fired else ""
-    return Verdict(name, f"{100 * row['accuracy']:.0f}\N{NO-BREAK SPACE}%", sentence + ".", checked, doubt)
+    number = f"{100 * row['accuracy']:.0f}\N{NO-BREAK SPACE}%"
+    return Verdict(name, number, sentence + ".", _why(report, row), quiet if ran and not fired else "", doubt)
 
 
-def _strongest(report: Report, defense: str) -> Row:
-    """The row by which a defense is judged: the worst case by the first rule at the largest radius."""
-    rule = report.rows[0]["rule"]
-    rows = [r for r in report.rows if r["defense"] == defense and r["rule"] == rule]
-    attacked = [r for r in rows if r["attack"] != "clean" and r["eps"] == _reach(report)]
-    worst = [r for r in attacked if r["attack"] == "worst"]
-    return min(worst or attacked or rows, key=lambda row: row["accuracy"])
-
-
-def _accuracies(report: Report) -> Table:
-    places = list(dict.fromkeys((row["attack"], row["eps"]) for row in report.rows))
-    places.sort(key=lambda place: (place[1] > 0, -place[1], place[0] != "worst"))
-    several = len({eps for _, eps in places if eps > 0}) > 1
-    columns = [f"{attack} {eps:g}" if several and eps > 0 else attack for attack, eps in places]
-    lines: dict[tuple[str, str], dict[tuple[str, float], Row]] = {}
-    for row in report.rows:
-        lines.setdefault((row["defense"], row["rule"]), {})[row["attack"], row["eps"]] = row
-    rows = [
-        [Cell(defense), Cell(rule), *(_share(found.get(place)) for place in places)]
-        for (defense, rule), found in lines.items()
-    ]
-    return Table("Accuracy", "In %, with 95 % intervals.", ["defense", "rule", *columns], rows)
-
-
-def _spent(report: Report) -> Table | None:
-    rule, reach = report.rows[0]["rule"], _reach(report)
-    rows = [
-        [
-            Cell(row["defense"]),
-            Cell(row["attack"]),
-            Cell(str(row["attack_samples"])),
-            Cell(f"{row['gradients'] / row['num_examples']:.0f}"),
-            Cell(f"{row['queries'] / row['num_examples']:.0f}"),
-        ]
+def _why(report: Report, judged: Row) -> str:
+    """What each attack leaves at the radius of the verdict, the strongest first."""
+    found = [
+        row
         for row in report.rows
-        if (row["rule"], row["eps"]) == (rule, reach) and row.get("attack_samples") is not None
+        if (row["defense"], row["rule"], row["eps"]) == (judged["defense"], judged["rule"], judged["eps"])
+        and row["attack"] not in ("clean", "worst")
     ]
-    columns = ["defense", "attack", "draws per call", "gradients", "queries"]
-    about = f"Per image at radius {reach:g}; gradients and queries count every draw."
-    return Table("What the attacks spent", about, columns, rows) if rows else None
-
-
-def _compared(comparison: Comparison | None) -> Table | None:
-    if comparison is None:
-        return None
-    reach = max(row["eps"] for row in comparison.rows)
-    shown = [row for row in comparison.rows if row["eps"] in (0.0, reach)]
-    kept = [row for row in shown if row["attack"] in ("clean", "worst")] or shown
-    rows = [
-        [
-            Cell(f"{row['a']} - {row['b']}"),
-            Cell(f"{row['attack']} {row['eps']:g}" if row["eps"] else row["attack"], row["rule"]),
-            Cell(f"{100 * row['difference']:+.1f}", f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"),
-            Cell(f"{row['probability']:.3f}"),
-            Cell(f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "< 0.001"),
-        ]
-        for row in kept
-    ]
-    columns = ["pair", "attack", "difference", "P(first is better)", "p (Holm)"]
-    return Table("Pairs", f"Percentage points; {comparison.scope}.", columns, rows)
-
-
-def _checked(checks: Mapping[str, Iterable[Check]], fired: bool) -> Table | None:
-    """The checks that fired, or the others."""
-    rows = [
-        [Cell(name), Cell(check.name), Cell(check.verdict), Cell(_evidence(check), wide=True)]
-        for name, found in checks.items()
-        for check in found
-        if check.fired == fired
-    ]
-    title = "Is it robust, or just noisy?" if fired else f"{len(rows)} checks that did not fire"
-    columns = ["defense", "check", "verdict", "evidence"]
-    return Table(title, "", columns, rows, folded=not fired) if rows else None
-
-
-def _evidence(check: Check) -> str:
-    numbers = ", ".join(f"{name} {value:.3g}" for name, value in check.evidence.items())
-    return f"{check.advice} ({numbers})" if check.fired else numbers
-
-
-def _certified(certificate: Mapping[str, Sequence[Row]] | None) -> Table | None:
-    if not certificate:
-        return None
-    radii = sorted({row["eps"] for rows in certificate.values() for row in rows})
-    lines = []
-    for name, rows in certificate.items():
-        by_radius = {row["eps"]: row for row in rows}
-        lines.append([Cell(name), *(_share(by_radius.get(radius)) for radius in radii)])
-    about = "In %, with 95 % intervals: right, and the infinite vote is the same up to the L2 radius."
-    return Table("Certified accuracy", about, ["defense", *(f"{radius:.3g}" for radius in radii)], lines)
-
-
-def _share(row: Row | None) -> Cell:
-    if row is None:
-        return Cell("-")
-    return Cell(f"{100 * row['accuracy']:.1f}", f"[{100 * row['low']:.0f}, {100 * row['high']:.0f}]")
+    if len(found) < 2:
+        return ""
+    found.sort(key=lambda row: row["accuracy"])
+    left = [f"{row['attack']} leaves {100 * row['accuracy']:.0f}\N{NO-BREAK SPACE}%" for row in found]
+    return f"Strongest attack: {left[0]}; then {', '.join(left[1:4])}."
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:
@@ -271,12 +241,8 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _reach(report: Report) -> float:
-    return max(row["eps"] for row in report.rows)
-
-
 def _figures(
-    report: Report, images: Mapping[str, tuple[Inputs, Inputs]], figures: Mapping[str, Any]
+    report: Report, images: Mapping[str, Sequence[Inputs]], figures: Mapping[str, Any]
 ) -> list[tuple[str, Any]]:
     """Captions and figures: the chart, curves over several radii, images, and what the caller brings."""
     drawn: list[tuple[str, Any]] = [("", accuracy_chart(report).figure)]
@@ -286,18 +252,12 @@ def _figures(
     return drawn + [(caption, getattr(figure, "figure", figure)) for caption, figure in figures.items()]
 
 
-def _svg(figure: Any, number: int) -> str:
-    """A figure as inline SVG: ids of its own, the page's colors, and as wide as the page."""
-    from matplotlib import pyplot, rc_context
-
-    text = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "probdefense"}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    pyplot.close(figure)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'\s(width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>figure{number}-", svg)
+def _svg(figure: Any, number: int, caption: str) -> str:
+    """A figure as inline SVG with the page's colors, and a name for those who cannot see it."""
+    axes = figure.axes[0] if figure.axes else None
+    title = caption or (axes.get_title(loc="left") if axes is not None else "") or "figure"
+    svg = inline_svg(figure, f"figure{number}")
     for k, color in enumerate(COLORS):
         svg = re.sub(color, f"var(--c{k})", svg, flags=re.IGNORECASE)
-    return svg.replace(MUTED, "var(--muted)")
+    svg = svg.replace(MUTED, "var(--muted)")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

@@ -47,7 +47,7 @@ class Loo:
 
     def _repr_html_(self) -> str:
         k = self.k_hat
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"quantity": "expected log density, left out (nats)", "value": f"{self.elpd:.2f}"},  # type: ignore[attr-defined]
             {"quantity": "standard error", "value": f"{self.se:.2f}"},  # type: ignore[attr-defined]
             {"quantity": "examples", "value": len(k)},

@@ -41,7 +41,7 @@ from probdefense.logits.rules import as_rule, mean_prob, vote
 from probdefense.ops import rounded_down
 from probdefense.processes import Processes
 from probdefense.rng import derive, forked
-from probdefense.tables import format_table
+from probdefense.tables import format_table, html_table
 from probdefense.types import Data, Inputs, Labels, Norm, Rule
 from probdefense.validation import (
     check_count,
@@ -71,7 +71,7 @@ ABOUT = {"vote": "the infinite vote", "mean_prob": "the mean probability of infi
 """By rule, what a certificate is about."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """Radii around inputs in which the infinite vote does not change.
 
@@ -107,6 +107,22 @@ class Certificate:
     unit: float | None = None
     observed: Tensor | None = None
     shifts: Tensor | None = None
+
+    def __repr__(self) -> str:
+        certain = self.label >= 0
+        about = f"Certificate of {len(self.label)} images, {int((~certain).sum())} of them abstentions"
+        if certain.any():
+            found = self.radius[certain].double()
+            largest = f"{float(found.max()):.3g} (largest)"
+            about += f": l{_name(self.norm)} radius {float(found.median()):.3g} (median), {largest}"
+        return f"{about}; {self.family} input noise {self.sigma:.4g} px, alpha {self.alpha:g}"
+
+    def _repr_html_(self) -> str:
+        names = ("label", "radius", "share", "num_votes")
+        columns = [getattr(self, name).tolist() for name in names]
+        rows = [dict(zip(names, numbers, strict=True)) for numbers in zip(*columns, strict=True)]
+        notes = [f"radius in pixels, l{_name(self.norm)}; label -1: no certificate; of {ABOUT[self.rule]}"]
+        return html_table(rows, names, repr(self), notes=notes)
 
     def curve(self, y: Labels, radii: Sequence[float]) -> list[Row]:
         """Certified accuracy as a function of the radius, with 95 % intervals over images.

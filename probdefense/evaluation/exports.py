@@ -140,6 +140,16 @@ def per_image(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without those that repeat another rule's, because nothing is random."""
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        rule = row["rule"] if row.get("draws") != "none" else None
+        numbers = (row["accuracy"], row["low"], row["high"])
+        kept.setdefault((row["defense"], row["attack"], row["eps"], rule, *numbers), row)
+    return list(kept.values())
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

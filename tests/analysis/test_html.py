@@ -14,6 +14,7 @@ import probdefense as pd
 from probdefense.analysis import write_html
 from probdefense.checks import Check
 from tests.analysis.test_plots import report
+from tests.worlds import tiny_batch, tiny_net
 
 matplotlib.use("Agg")
 
@@ -114,3 +115,73 @@ def test_a_phone_shows_it_without_scrolling_sideways(tmp_path):
     )
     width = int(re.search(r"<title>(\d+)</title>", run.stdout.decode()).group(1))
     assert 0 < width <= 390
+
+
+def labeled(count=6):
+    """Images, what an attack made of them, and planted answers: 0 for all of class 0, then 1 for the first two."""
+    x = torch.rand(count, 1, 4, 4) * 0.5 + 0.25
+    x_adv, y = x.clone(), torch.zeros(count).long()
+    x_adv[-2:, 0, 0, 0] += 0.25
+    answers = torch.zeros(2, count).long()
+    answers[1, -2:] = 1
+    before, after = (
+        pd.Prediction(torch.eye(3)[each].mul(5).log_softmax(-1), torch.zeros(count), 1) for each in answers
+    )
+    return x, x_adv, y, before, after
+
+
+def test_images_show_answers_before_and_after_with_failures_first(tmp_path):
+    text = page(tmp_path, images={"noisy under pgd": labeled()})
+    seen = plain_text(text)
+    assert "4 of 6 are right under attack, failures first" in seen and "full color is 0.25 in pixels" in seen
+    assert seen.count("0 → 1 becomes wrong") == 2 and seen.count("0 → 0 stays right") == 4
+    assert seen.index("becomes wrong") < seen.index("stays right") and "99 % → 99 %" in seen
+    images = re.findall(r"<img [^>]*>", text)
+    assert len(images) == 18 and all(re.search(r'alt="[^"]+"', each) for each in images)
+    assert text.count('role="img" aria-label="') == text.count("<svg")
+
+
+def test_a_report_takes_the_objects_as_they_are(tmp_path):
+    defense = pd.defenses.rse(tiny_net())
+    x, y = tiny_batch(12)
+    one = pd.evaluate(defense, (x, y), {"fgsm": pd.attacks.fgsm}, eps=0.2, num_samples=4, seed=0)
+    checks = pd.checks.run(defense, x, y, eps=0.2, num_gradients=10, num_samples=2, num_verdict=2)
+    certificate = pd.certify(defense, x[:5], n0=10, n=50, seed=0)
+    x_adv = pd.attacks.fgsm(defense, x, y, eps=0.2, seed=0)
+    images = (x, x_adv, y, pd.predict(defense, x, 4, seed=0), pd.predict(defense, x_adv, 4, seed=0))
+    path = one.to_html(
+        tmp_path / "deep" / "mine.html", checks=checks, certificates=certificate, images=images
+    )
+    assert path == tmp_path / "deep" / "mine.html"
+    text = plain_text(path.read_text())
+    row = certificate.curve(y[:5], [0.0])[0]
+    assert "Certified accuracy" in text and f"defense {100 * row['accuracy']:.1f} [" in text
+    assert (
+        "an L2 length of up to 1.2: a certificate at L2 0.2 says nothing about them" in text
+    )  # 0.2 * sqrt(36)
+    assert one.to_html(tmp_path).name == "report.html"
+
+
+def test_a_report_of_several_compares_them_and_wants_results_by_name(tmp_path):
+    data, nets = (torch.rand(20, 4), torch.randint(3, (20,))), [nn.Linear(4, 3), nn.Linear(4, 3)]
+    attacks = {"fgsm": pd.attacks.fgsm}
+    both = sum(
+        pd.evaluate(pd.deterministic(n), data, attacks, name=k) for n, k in zip(nets, "ab", strict=True)
+    )
+    text = both.to_html(tmp_path).read_text()
+    assert 'class="track"' in text and plain_text(text).count("Pairs") == 1
+    checks = pd.checks.Checks((Check("gradient", "ok", ""),))
+    with pytest.raises(ValueError, match="expected checks by defense, got one for 2 defenses"):
+        both.to_html(tmp_path, checks=checks)
+    for wrong, match in ((data, "images"), ((1, 2, 3), "got 3 things")):
+        with pytest.raises((ValueError, TypeError), match=match):
+            both.to_html(tmp_path, images=wrong)
+
+
+def test_a_network_without_randomness_has_one_line(tmp_path):
+    one = pd.evaluate(
+        pd.deterministic(nn.Linear(4, 3)), (torch.rand(9, 4), torch.zeros(9).long()), name="net"
+    )
+    assert {row["rule"] for row in one.rows} == {"mean_prob", "single_draw"}
+    assert plain_text(one.to_html(tmp_path).read_text()).count("net mean_prob") == 1
+    assert "net single_draw" not in plain_text(one.to_html(tmp_path).read_text())

@@ -68,6 +68,7 @@ def test_tables_count_gradients_per_image():
 
 
 SHOWN = {
+    "certificate": lambda d, x, y: pd.certify(d, x, n0=5, n=20, seed=0),
     "prediction": lambda d, x, y: pd.predict(d, x, 4, seed=0),
     "checks": lambda d, x, y: pd.checks.run(d, x, y, eps=0.1, num_gradients=10, num_samples=2, num_verdict=2),
     "history": lambda d, x, y: pd.fit(pd.defenses.rse(tiny_net()), [(x, y)], epochs=2, progress=False),
@@ -91,6 +92,16 @@ def test_the_texts_say_what_matters():
     checks = pd.checks.run(world, torch.rand(8, 4), torch.zeros(8).long(), eps=0.1, num_gradients=8)
     assert repr(checks).splitlines()[1].split() == ["check", "verdict", "evidence"]
     assert f"{len(checks.fired)} found something wrong" in repr(checks)
+    certificate = pd.Certificate(
+        torch.tensor([2, -1]),
+        torch.tensor([0.25, 0.0]),
+        torch.tensor([0.9, 0.4]),
+        torch.tensor([9, 9]),
+        0.2,
+        0.01,
+    )
+    expected = "Certificate of 2 images, 1 of them abstentions: l2 radius 0.25 (median), 0.25 (largest)"
+    assert repr(certificate) == f"{expected}; normal input noise 0.2 px, alpha 0.01"
     history = pd.History(loss=[2.0, 1.0], accuracy=[0.25, 0.5], seconds=[1.0, 2.0])
     assert repr(history).startswith(
         "History of 2 epochs: loss 2 to 1 nats, accuracy 0.25 to 0.5, 3 seconds\nepoch  loss  accuracy  seconds"

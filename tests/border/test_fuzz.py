@@ -149,6 +149,26 @@ CALLS = {
         pd.defenses.jump_relu,
         {"net": w.net, "kappa": 0.1, "where": None, "num_data": 4},
     ),
+    "rse of a covariance": lambda w: (
+        pd.defenses.rse,
+        {"net": w.net, "scale": "learned", "covariance": "full", "before_linear": True, "after": None},
+    ),
+    "wca": lambda w: (pd.defenses.wca, {"net": w.net, "layer": None, "num_data": 4, "example": w.x}),
+    "conditional_noise": lambda w: (
+        pd.defenses.conditional_noise,
+        {"net": w.net, "layer": None, "hidden": 3, "num_data": 4},
+    ),
+    "random_transforms": lambda w: (
+        pd.defenses.random_transforms,
+        {"net": w.net, "transforms": [pd.nn.transforms.Shift(0.1)], "count": 1, "num_data": 4},
+    ),
+    "shift": lambda w: (pd.nn.transforms.Shift, {"scale": 0.1, "learned": True}),
+    "jpeg": lambda w: (pd.nn.transforms.Jpeg, {"scale": 0.1}),
+    "rewarded": lambda w: (
+        objectives.rewarded,
+        {"objective": objectives.elbo, "weight": 0.1, "reward": objectives.entropy},
+    ),
+    "harmonic": lambda w: (objectives.harmonic, {"weight": 1.0, "num_steps": 3}),
     "mc_dropout": lambda w: (pd.defenses.mc_dropout, {"net": w.net, "rate": 0.1, "num_data": 4}),
     "brelu": lambda w: (pd.defenses.brelu, {"net": w.net, "ceiling": 1.0, "num_data": 4}),
     "ensemble": lambda w: (pd.defenses.ensemble, {"nets": [w.net, w.net], "num_data": 4}),

@@ -19,19 +19,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from probdefense.attacks.tools.border import attack
-from probdefense.attacks.tools.gradient import Gradient, ask, input_gradient
+from probdefense.attacks.tools.gradient import Gradient, ask, input_gradient, input_jacobian
 from probdefense.attacks.tools.selection import Best, Goal, check_active_set, remaining_margin
 from probdefense.logits.losses import expected_cross_entropy
 from probdefense.logits.rules import mean_prob
-from probdefense.ops import Ball, per_example
+from probdefense.ops import Ball, is_class, lp_norm, per_example
 from probdefense.rng import Stream
-from probdefense.types import Inputs, Labels, LogitsFn, LossFn, Norm, Rule, Seed
+from probdefense.types import Inputs, Labels, Logits, LogitsFn, LossFn, Norm, Rule, Seed
 
 MOMENTUM = 0.75
 """Share of the new direction in a step."""
+
+DUAL = {1: math.inf, 2: 2, math.inf: 1}
+"""The norm of a slope per step of that norm."""
 
 RISES = 0.75
 """Share of the steps since the last checkpoint that must have raised the loss."""
@@ -70,8 +72,8 @@ def apgd(
         norm: 1, 2 or ``inf``.
         num_steps: Gradient steps per run.
         num_restarts: Runs, each from a random point of the ball.
-        num_targets: Instead of alike restarts, runs toward each of so many most likely wrong classes;
-            any error counts.
+        num_targets: Instead of alike restarts, runs toward each of so many likely wrong classes, those
+            with the smallest gap of logits over its slope first; any error counts.
         loss: What is climbed, over the draws of one call; `dlr` has a form of its own for targets.
         rule: The decision rule by which points are compared.
         repeats: Calls whose gradients are averaged in every step, when memory is short.
@@ -102,7 +104,7 @@ def apgd(
     goal, rng, ball, best = Goal(y, target, loss, rule), Stream.of(seed, x), Ball(x, eps, norm), Best(x)
     aims = [goal] * num_restarts
     if num_targets is not None:
-        aims = [goal._replace(target=likely) for likely in _likely_wrong(logits_fn, x, y, num_targets)]
+        aims = [goal._replace(target=likely) for likely in _easy_targets(logits_fn, x, y, num_targets, norm)]
     for aim in aims:
         climb = _begin(ball, ball.start(rng), goal, aim)
         if active_set:
@@ -264,8 +266,27 @@ def _periods(num_steps: int, norm: Norm) -> dict[int, int]:
     return {step: step - before for before, step in itertools.pairwise(steps)}
 
 
-def _likely_wrong(logits_fn: LogitsFn, x: Inputs, y: Labels, count: int) -> Sequence[Labels]:
-    """The most likely wrong classes, each ``(batch,)``, most likely first."""
+def _easy_targets(logits_fn: LogitsFn, x: Inputs, y: Labels, count: int, norm: Norm) -> Sequence[Labels]:
+    r"""Wrong classes, each ``(batch,)``, the nearest first: by the gap of the logits over its slope.
+
+    Of the likely ones, which are twice as many, because the most likely need not be the nearest: Melamed et
+    al., 2024, [MALT Powers Up Adversarial Attacks](https://arxiv.org/abs/2407.02240).
+    """
+    likely = _likely_wrong(logits_fn, x, y, 2 * count)
+
+    def ahead(logits: Logits) -> Tensor:
+        mean = logits.mean(0)
+        return mean.gather(1, likely) - mean.gather(1, y.unsqueeze(1))
+
+    slopes = input_jacobian(logits_fn, x, ahead, where="apgd, the order of targets")
+    steepness = torch.stack([lp_norm(slope, DUAL[norm]) for slope in slopes.gradient])
+    distance = (-slopes.value / steepness.clamp_min(1e-30)).nan_to_num(torch.inf)
+    order = distance.T.argsort(dim=1, stable=True)
+    return likely.gather(1, order)[:, :count].unbind(1)
+
+
+def _likely_wrong(logits_fn: LogitsFn, x: Inputs, y: Labels, count: int) -> Labels:
+    """The most likely wrong classes, ``(batch, count)``, most likely first."""
     scores = mean_prob(ask(logits_fn, x))
-    truth = one_hot(y, scores.shape[-1]).bool()
-    return scores.masked_fill(truth, -torch.inf).topk(min(count, scores.shape[-1] - 1)).indices.unbind(1)
+    truth = is_class(y, scores.shape[-1])
+    return scores.masked_fill(truth, -torch.inf).topk(min(count, scores.shape[-1] - 1)).indices

@@ -25,16 +25,20 @@ from probdefense.attacks.tools.selection import SELECTION_DRAWS, Best, Goal
 from probdefense.attacks.tools.settle import HALVINGS, HELD_OUT_DRAWS, STRIDES, held_out, surrogate
 from probdefense.attacks.transfer import transfer
 from probdefense.attacks.worst_of import run
-from probdefense.logits.adapters import Samples, can_freeze
+from probdefense.logits.adapters import Samples, as_logits_fn, can_freeze
 from probdefense.logits.losses import dlr, predictive_margin
 from probdefense.logits.rules import mean_prob
 from probdefense.ops import Ball, lp_norm, per_example
 from probdefense.progress import track
 from probdefense.rng import Stream
 from probdefense.types import Attack, Inputs, Labels, Logits, LogitsFn, Norm, Rule, Seed
+from probdefense.validation import check_count, check_norm
 
 TARGETS = 2
 """Wrong classes that are climbed toward."""
+
+ROUNDS = 10
+"""So often at most the stages with gradients run once more on what stands."""
 
 LEAST = 10
 """Steps or answers that a stage needs to be worth its place."""
@@ -50,6 +54,7 @@ def suite(
     norm: Norm = math.inf,
     budget: int = 1000,
     rule: Rule = mean_prob,
+    target: Labels | None = None,
     seed: Seed = None,
     max_batch: int | None = None,
 ) -> Inputs:
@@ -57,7 +62,8 @@ def suite(
 
     The mean network comes first because its points break most of a random defense at a sixteenth of the
     cost of averaging, and Square last because it needs no gradients: where it still finds points, the
-    defense hides its gradients. Without randomness it is a usual suite with an active set.
+    defense hides its gradients. Without randomness it is a usual suite with an active set. What fallen images
+    leave of the budget is spent on those that stand, by the stages with gradients once more.
 
     Args:
         logits_fn: What is attacked; the suite chooses the draws per call itself.
@@ -65,9 +71,10 @@ def suite(
         y: True classes, ``(batch,)``.
         eps: Radius in pixels.
         norm: 1 (without Square), 2 or ``inf``.
-        budget: Forward evaluations per image at most, every draw counting as one and the judge's
-            included; nearly all of them with a gradient.
+        budget: Forward evaluations per image on average at most, every draw counting as one and the
+            judge's included; nearly all of them with a gradient. `least_budget` tells the smallest.
         rule: The decision that must be wrong.
+        target: Classes wanted; nothing else counts.
         seed: An int, one per example, or a generator; fixes every random number of the attacks.
         max_batch: Examples at once.
 
@@ -88,33 +95,67 @@ def suite(
     """
     rng, ball, best, judge = Stream.of(seed, x), Ball(x, eps, norm), Best(x), held_out(logits_fn)
     rows, width = torch.arange(len(x), device=x.device), len(ask(logits_fn, x[:1], 1))
-    stages = _stages(logits_fn, norm, width)
-    judging = (HELD_OUT_DRAWS if logits_fn.stochastic else width) * (len(stages) + 1)
-    counts = _counts(stages, budget, judging + width)
+    stages = _stages(logits_fn, norm, width, target is not None)
+    judging = HELD_OUT_DRAWS if logits_fn.stochastic else width
+    counts = _counts(stages, budget, judging * (len(stages) + 1) + width)
     clean = ask(judge, x)
-    goal = Goal(y, rule=rule, sure=logits_fn.stochastic).measured(clean)
+    goal = Goal(y, target, rule=rule, sure=logits_fn.stochastic).measured(clean)
 
     def standing(points: Inputs, logits: Logits) -> Tensor:
         doubt = goal.take(rows).remaining(logits)
         best.offer(points, doubt, rows)
         return rows[doubt > 0]
 
-    rows = standing(x, clean)
-    for stage, count in track(list(zip(stages, counts, strict=True)), "suite"):
+    rows, left = standing(x, clean), len(x) * (budget - judging - width)
+    plan = [
+        (stage, count, stage.fixed + stage.each * count + judging)
+        for stage, count in zip(stages, counts, strict=True)
+    ]
+    again = [each for each in plan if each[0].again] * ROUNDS
+    for number, (stage, count, cost) in enumerate(track([*plan, *again], "suite")):
         if len(rows) == 0:
             break
+        if len(rows) * cost > left:
+            continue
+        left -= len(rows) * cost
         one, function = partial(stage.attack, **{stage.unit: count}), Samples(logits_fn, stage.draws)
-        options, key = {"eps": ball.take(rows).eps, "norm": norm}, rng.take(rows).split(stage.name)
+        options: dict[str, Any] = {"eps": ball.take(rows).eps, "norm": norm}
+        if target is not None:
+            options["target"] = target[rows]
+        key = rng.take(rows).split(stage.name if number < len(plan) else f"{stage.name} {number}")
         points = run(one, function, x[rows], y[rows], key, options)
         rows = standing(points, ask(judge, points))
     return best.x
+
+
+def least_budget(logits_fn: Any, *, norm: Norm = math.inf, width: int = 1, target: bool = False) -> int:
+    """The smallest ``budget`` of `suite`, known before anything is trained.
+
+    Args:
+        logits_fn: What will be attacked; it is not asked.
+        norm: 1, 2 or ``inf``.
+        width: Draws in every answer: 1, or the members of an ensemble that answers with all of them.
+        target: Whether classes are wanted.
+
+    Raises:
+        ValueError: bad settings.
+
+    Examples:
+        >>> import probdefense as pd
+        >>> least_budget(pd.deterministic(torch.nn.Linear(4, 3)))
+        167
+    """
+    function, width = as_logits_fn(logits_fn), check_count("width", width)
+    stages = _stages(function, check_norm(norm), width, target)
+    judging = HELD_OUT_DRAWS if function.stochastic else width
+    return _needed(stages, judging * (len(stages) + 1) + width)
 
 
 class Stage(NamedTuple):
     """One attack of the suite: its share of the budget, and what it costs.
 
     ``unit`` is the option that is counted, ``each`` what one of it costs and ``fixed`` what does not
-    depend on it, in forward evaluations per image.
+    depend on it, in forward evaluations per image; ``again`` says that another start may find more.
     """
 
     name: str
@@ -124,21 +165,25 @@ class Stage(NamedTuple):
     each: int
     fixed: int = 0
     unit: str = "num_steps"
+    again: bool = False
 
 
-def _stages(logits_fn: LogitsFn, norm: Norm, width: int) -> list[Stage]:
+def _stages(logits_fn: LogitsFn, norm: Norm, width: int, targeted: bool) -> list[Stage]:
     """The attacks that suit the function and the norm; `width` is how many draws its answers have."""
     random = logits_fn.stochastic
     climb: Attack = partial(apgd, active_set=not random)
     source = logits_fn.mean() if random and hasattr(logits_fn, "mean") else logits_fn
     mean: Attack = transfer(partial(pgd, active_set=not random), source)
     few, many = (4, 8) if random else (width, width)
-    chosen = few + TARGETS * (SELECTION_DRAWS if random else width)
+    aims, aimed = TARGETS, 2 * few + TARGETS * (SELECTION_DRAWS if random else width)
+    toward: Attack = partial(climb, loss=dlr, num_targets=TARGETS)
+    if targeted:  # the classes are given
+        aims, aimed, toward = 1, 0, partial(climb, loss=dlr)
     stages = [
         Stage("mean", 0.1, width, mean, width),
-        Stage("one draw", 0.25, width, climb, width),
-        Stage("margin", 0.3, many, partial(climb, loss=predictive_margin), many),
-        Stage("targets", 0.15, few, partial(climb, loss=dlr, num_targets=TARGETS), few * TARGETS, chosen),
+        Stage("one draw", 0.25, width, climb, width, again=True),
+        Stage("margin", 0.3, many, partial(climb, loss=predictive_margin), many, again=True),
+        Stage("targets", 0.15, few, toward, few * aims, aimed, again=True),
     ]
     if can_freeze(logits_fn) or not random:
         stages.append(Stage("nearest", 0.1, few, _nearest, few, few * (STRIDES + HALVINGS + 1)))
@@ -153,23 +198,37 @@ def _counts(stages: list[Stage], budget: int, overhead: int) -> list[int]:
     Raises:
         ValueError: the budget is too small.
     """
-    fixed = overhead + sum(stage.fixed for stage in stages)
-    total = sum(stage.share for stage in stages)
-    dearest = max(max(stage.each, stage.draws) / stage.share for stage in stages)
-    needed = fixed + math.ceil(LEAST * total * dearest)
+    needed, total = _needed(stages, overhead), sum(stage.share for stage in stages)
     if budget < needed:
         raise ValueError(
             f"expected more, got too little: budget={budget} does not pay for {LEAST} steps of every "
             f"attack; needed: {needed}"
         )
+    fixed = overhead + sum(stage.fixed for stage in stages)
     return [int((budget - fixed) * stage.share / total / stage.each) for stage in stages]
 
 
+def _needed(stages: list[Stage], overhead: int) -> int:
+    """The smallest budget."""
+    total = sum(stage.share for stage in stages)
+    dearest = max(max(stage.each, stage.draws) / stage.share for stage in stages)
+    return overhead + sum(stage.fixed for stage in stages) + math.ceil(LEAST * total * dearest)
+
+
 def _nearest(
-    logits_fn: LogitsFn, x: Inputs, y: Labels, *, eps: Any, norm: Norm, num_steps: int, seed: Seed = None
+    logits_fn: LogitsFn,
+    x: Inputs,
+    y: Labels,
+    *,
+    eps: Any,
+    norm: Norm,
+    num_steps: int,
+    target: Labels | None = None,
+    seed: Seed = None,
 ) -> Inputs:
     """FMN on frozen draws; its points go on along their rays to the sphere."""
-    points = fmn(surrogate(logits_fn, "suite"), x, y, norm=norm, num_steps=num_steps, seed=seed)
+    still = surrogate(logits_fn, "suite")
+    points = fmn(still, x, y, norm=norm, num_steps=num_steps, target=target, seed=seed)
     ball, ray = Ball(x, eps, norm), points - x
     length = per_example(lp_norm(ray, norm), x).clamp_min(1e-12)
     return ball.project(x + ball.radius / length * ray)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from probdefense.logits.rules import mean_prob, score_margin
-from probdefense.ops import log_mean_exp, log_sum_exp
+from probdefense.ops import is_class, log_mean_exp, log_sum_exp
 from probdefense.types import Labels, Logits
 from probdefense.validation import check_classes, check_label_form, check_labels, check_logits
 
@@ -133,6 +132,31 @@ def predictive_margin(logits: Logits, y: Labels) -> Tensor:
 
 
 @loss
+def probability_margin(logits: Logits, y: Labels) -> Tensor:
+    r"""Margin of the mean probability itself, $\max_{j \ne y} \bar p_j - \bar p_y$.
+
+    Positive exactly where the rule `mean_prob` errs. Probabilities bound what one class or one draw can
+    weigh, which the logits do not; where a network is sure beyond rounding the margin is flat.
+
+    Args:
+        logits: ``(samples, batch, classes)``.
+        y: True classes, ``(batch,)``.
+
+    Returns:
+        ``(batch,)``, in [-1, 1].
+
+    References:
+        Xie et al., 2024, [Towards Million-Scale Adversarial Robustness Evaluation With Stronger
+        Individual Attacks](https://arxiv.org/abs/2411.15210)
+
+    Examples:
+        >>> probability_margin(torch.tensor([[[0.0, 200.0]], [[0.0, 0.0]]]), torch.tensor([0]))
+        tensor([0.5000])
+    """
+    return -score_margin(logits.softmax(-1).mean(0), y)
+
+
+@loss
 def predictive_log_odds(logits: Logits, y: Labels) -> Tensor:
     r"""Odds against the label by the mean probability, $\log (1 - \bar p_y) - \log \bar p_y$.
 
@@ -151,7 +175,7 @@ def predictive_log_odds(logits: Logits, y: Labels) -> Tensor:
         tensor([-90.])
     """
     log_probs = mean_prob(logits)
-    truth = one_hot(y, logits.shape[-1]).bool()
+    truth = is_class(y, logits.shape[-1])
     return log_sum_exp(log_probs.masked_fill(truth, -torch.inf), -1) - _at(log_probs, y)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import probdefense as pd
 from probdefense.attacks import apgd, bim, fgsm, mim, pgd, r_fgsm, worst_of
@@ -167,6 +168,21 @@ def test_targeted_forms_reach_the_class(digits_net):
     for attack in (bim, mim, apgd, partial(apgd, loss=dlr)):
         x_adv = attack(pd.deterministic(net), x, y, eps=0.6, target=target, seed=0)
         assert float((net(x_adv).argmax(1) == target).float().mean()) > 0.9
+
+
+def test_the_nearest_class_is_the_first_target():
+    """The likeliest wrong class is flat and out of reach; the one behind it is steep and near."""
+    net = nn.Linear(2, 4)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 0.0], [0.1, 0.1], [10.0, 10.0], [0.0, 0.0]]))
+        net.bias.copy_(torch.tensor([0.0, -1.1, -12.0, -9.0]))
+    x, y = torch.full((1, 2), 0.5), torch.tensor([0])
+    assert net(x).argsort(descending=True).tolist() == [[0, 1, 2, 3]]
+    for scale in (1e-4, 1.0, 1e4):
+        x_adv = apgd(
+            lambda x, s=scale: s * net(x).unsqueeze(0), x, y, eps=0.2, num_steps=5, num_targets=1, seed=0
+        )
+        assert net(x_adv).argmax(1).tolist() == [2]
 
 
 def test_apgd_refuses_two_kinds_of_targets():

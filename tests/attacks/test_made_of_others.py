@@ -8,7 +8,19 @@ import torch
 from torch import nn
 
 import probdefense as pd
-from probdefense.attacks import apgd, arc, bpda, fgsm, fmn, pgd, square, substitute, suite, transfer
+from probdefense.attacks import (
+    apgd,
+    arc,
+    bpda,
+    fgsm,
+    fmn,
+    least_budget,
+    pgd,
+    square,
+    substitute,
+    suite,
+    transfer,
+)
 from probdefense.attacks.suite import _nearest
 from probdefense.attacks.tools.gradient import climb, input_gradient
 from probdefense.attacks.tools.selection import SELECTION_DRAWS, remaining_margin
@@ -248,3 +260,42 @@ def test_points_are_compared_on_many_fresh_draws():
     x, y = tiny_batch(5)
     margins = [remaining_margin(cost, x, y, pd.rules.mean_prob) for _ in range(2)]
     assert cost.queries == 2 * SELECTION_DRAWS * len(x) and not torch.equal(*margins)
+
+
+def test_the_smallest_budget_is_known_before_anything_is_attacked():
+    x, y = tiny_batch()
+    for name, norm in (("rse", math.inf), ("rse", 1), ("deterministic", 2)):
+        defense = defended(name)
+        least = least_budget(defense, norm=norm)
+        suite(defense, x[:1], y[:1], eps=0.05, norm=norm, budget=least)
+        with pytest.raises(ValueError, match=f"budget={least - 1} does not pay .* needed: {least}"):
+            suite(defense, x[:1], y[:1], eps=0.05, norm=norm, budget=least - 1)
+
+
+def test_what_fallen_images_leave_is_spent_on_those_that_stand(digits_net):
+    """Of two images one falls at once: the other gets most of what both had, and not more."""
+    net, (x, y) = digits_net
+    defense = pd.deterministic(net)
+    wrong = (y[:1] + 1) % 10  # counts as wrong from the start
+    far = torch.zeros_like(x[:1])
+    cost = [pd.counted(defense) for _ in range(2)]
+    stands = net(far).argmax(1)
+    suite(cost[0], far, stands, eps=1e-4, budget=400, seed=0)
+    suite(cost[1], torch.cat([far, x[:1]]), torch.cat([stands, wrong]), eps=1e-4, budget=400, seed=0)
+    assert 1.5 * cost[0].queries < cost[1].queries <= 800
+    assert cost[0].queries <= 400
+
+
+@pytest.mark.parametrize("kind", ["plain", "random"])
+def test_the_suite_goes_for_the_class_wanted(kind, digits_net, digits_rse):
+    defense, (x, y) = (pd.deterministic(digits_net[0]), digits_net[1]) if kind == "plain" else digits_rse
+    x, y = x[:12], y[:12]
+    target = (y + 1) % 10
+    cost = pd.counted(defense)
+    x_adv = suite(cost, x, y, eps=0.3, target=target, seed=0)
+    reached = accuracy(defense, x_adv, target)
+    alone = accuracy(
+        defense, apgd(defense.samples(4), x, y, eps=0.3, target=target, num_steps=20, seed=0), target
+    )
+    assert reached >= alone - 0.05 and reached > 0.6
+    assert cost.queries <= 1000 * len(x)

@@ -18,6 +18,7 @@ LOSSES = {
         "margin",
         "predictive_margin",
         "predictive_log_odds",
+        "probability_margin",
         "dlr",
         "vote_margin",
     )

@@ -16,6 +16,7 @@ LOSSES = [
     losses.expected_cross_entropy,
     losses.predictive_cross_entropy,
     losses.predictive_log_odds,
+    losses.probability_margin,
     losses.margin,
     losses.predictive_margin,
     losses.dlr,

@@ -7,35 +7,44 @@ $$ \nabla_x \sum_s \langle g_s, f(\theta_s, x) \rangle = \sum_s J_s(x)^\top g_s 
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import Tensor
 
 from probdefense.logits.adapters import Samples
 from probdefense.types import Inputs, Logits
-from probdefense.validation import check_count, check_function, check_kind
+from probdefense.validation import check_count, check_function
 
 Apply = Callable[[Any, Any], Any]
 
 
-def bridge(apply_fn: Apply, draws: Mapping[str, Any]) -> "Bridge":
+def bridge(apply_fn: Apply, draws: Any, *, group_by_chain: bool | None = None) -> "Bridge":
     r"""A posterior given by draws, as from ``mcmc.get_samples()``, seen as a random classifier.
 
     Calling it picks draws uniformly with replacement; ``freeze`` picks a subset without (with, if more
-    are asked for than there are). Both follow torch's random state. Compiled once per shape.
+    are asked for than there are). Both follow torch's random state. Compiled once per shape. ``to_arviz``
+    takes it with data, and sees its chains.
 
     Args:
         apply_fn: ``apply_fn(params, x) -> logits``, a pure JAX function of one draw and inputs
             ``(batch, *event)``, giving ``(batch, classes)``.
-        draws: Arrays with a leading axis of draws; nested dicts are allowed. Numbers become float32.
+        draws: Arrays with a leading axis of draws, or with two of chains and draws, in any pytree: dicts
+            (a tree of flax parameters, too), lists, tuples, NamedTuples such as a position of blackjax, or
+            one array. What one draw of it looks like is what `apply_fn` gets. Numbers become float32.
+        group_by_chain: Whether the leading axes are ``(chains, draws)``, as in
+            ``mcmc.get_samples(group_by_chain=True)``; None to see with the first inputs which of both
+            `apply_fn` can take.
 
     Returns:
         A `Bridge`.
 
     Raises:
+        TypeError: draws that hold something else than arrays of numbers.
         ValueError: no arrays, or leading axes that differ.
 
     References:
@@ -49,14 +58,20 @@ def bridge(apply_fn: Apply, draws: Mapping[str, Any]) -> "Bridge":
         torch.Size([7, 2, 3])
     """
     check_function("apply_fn", apply_fn, "params", "x")
-    check_kind("draws", draws, Mapping, "take mcmc.get_samples()")
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(dict(draws))}
-    if len(sizes) != 1 or () in sizes:
+    arrays = jax.tree.map(_as_float32, _plain(draws))
+    leading = 2 if group_by_chain else 1
+    sizes = {jnp.shape(leaf)[:leading] for leaf in jax.tree.leaves(arrays)}
+    if len(sizes) != 1 or len(next(iter(sizes))) < leading:
         raise ValueError(
             f"expected arrays that share a leading axis of draws, got leading axes {sorted(sizes)}; "
-            "take mcmc.get_samples() without group_by_chain"
+            "take mcmc.get_samples(), with group_by_chain=True here if it was so there"
         )
-    return Bridge(_Compiled(apply_fn, jax.tree.map(_as_float32, dict(draws))))
+    both = {jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(arrays)}
+    open_ = group_by_chain is None and len(both) == 1 and len(next(iter(both))) == 2
+    network = _Compiled(apply_fn, arrays, open_)
+    if group_by_chain:
+        network.join_chains()
+    return Bridge(network)
 
 
 class Bridge:
@@ -71,13 +86,25 @@ class Bridge:
 
     shares_draws = True
 
-    def __init__(self, network: "_Compiled", members: Tensor | None = None):
-        self.network, self.members = network, members
+    def __init__(self, network: "_Compiled", members: Tensor | None = None, asked: int = 0):
+        self.network, self._members, self._asked = network, members, asked
+
+    @property
+    def members(self) -> Tensor | None:
+        """Which draws are asked, in order; None where they are picked anew."""
+        if self._members is None and self._asked and not self.network.open:
+            self._members = self._picked(self._asked)
+        return self._members
 
     @property
     def stochastic(self) -> bool:
         """Whether draws are picked anew for every call."""
-        return self.members is None
+        return self._members is None and not self._asked
+
+    @property
+    def num_chains(self) -> int:
+        """To how many chains the draws belong, one after the other."""
+        return self.network.num_chains
 
     @property
     def num_draws(self) -> int:
@@ -86,6 +113,7 @@ class Bridge:
 
     def __call__(self, x: Inputs, num_samples: int | None = None) -> Logits:
         """Logits ``(num_samples, batch, classes)``, differentiable in `x`."""
+        self.network.settle(x)
         members = self.members
         if members is None:
             check_count("num_samples", num_samples or 1)
@@ -97,16 +125,30 @@ class Bridge:
         check_count("num_samples", num_samples)
         if not self.stochastic:
             return self
+        if self.network.open:  # which are there to pick from shows with the first inputs
+            return Bridge(self.network, asked=num_samples)
+        return Bridge(self.network, self._picked(num_samples))
+
+    def _picked(self, num_samples: int) -> Tensor:
         if num_samples > self.num_draws:
-            return Bridge(self.network, torch.randint(self.num_draws, (num_samples,)))
-        return Bridge(self.network, torch.randperm(self.num_draws)[:num_samples])
+            return torch.randint(self.num_draws, (num_samples,))
+        return torch.randperm(self.num_draws)[:num_samples]
 
     def samples(self, num_samples: int) -> Samples:
         """The same posterior with a fixed number of draws per call."""
         return Samples(self, num_samples)
 
     def mean(self) -> "Bridge":
-        """The static base: the network at the mean of the draws."""
+        """The static base: the network at the mean of the draws.
+
+        Raises:
+            ValueError: it is not known yet whether the draws are grouped by chain.
+        """
+        if self.network.open:
+            raise ValueError(
+                "expected draws whose axes are known, got some that may be grouped by chain; pass "
+                "group_by_chain= to bridge, or call it once with inputs"
+            )
         center = jax.tree.map(lambda leaf: leaf.mean(0, keepdims=True), self.network.draws)
         return Bridge(_Compiled(self.network.apply_fn, center), torch.zeros(1, dtype=torch.int64))
 
@@ -114,12 +156,39 @@ class Bridge:
 class _Compiled:
     """The network over chosen draws, and its vector-Jacobian product, compiled once per shape."""
 
-    def __init__(self, apply_fn: Apply, draws: Any):
-        self.apply_fn, self.draws = apply_fn, draws
-        self.num_draws = len(jax.tree.leaves(draws)[0])
+    def __init__(self, apply_fn: Apply, draws: Any, open: bool = False):
+        self.apply_fn, self.draws, self.open, self.num_chains = apply_fn, draws, open, 1
         self.forward = jax.jit(self._logits)
         self.forward_and_pullback = jax.jit(self._with_pullback)
         self.pull_back = jax.jit(lambda pullback, cotangent: pullback(cotangent)[0])
+
+    @property
+    def num_draws(self) -> int:
+        return len(jax.tree.leaves(self.draws)[0])
+
+    def join_chains(self) -> None:
+        """Takes the two leading axes as chains and draws."""
+        self.num_chains, self.open = len(jax.tree.leaves(self.draws)[0]), False
+        self.draws = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.draws)
+
+    def settle(self, x: Inputs) -> None:
+        """Sees with inputs whether the draws are grouped by chain, if that is open."""
+        if not self.open:
+            return
+        point = jax.ShapeDtypeStruct(tuple(x.shape), jnp.float32)
+
+        def fits(axes: int) -> bool:
+            def one(leaf: Any) -> Any:
+                return jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype)
+
+            with suppress(Exception):  # whatever the network says to parameters of another shape
+                answer = jax.eval_shape(self.apply_fn, jax.tree.map(one, self.draws), point)
+                return len(answer.shape) == 2 and answer.shape[0] == len(x)
+            return False
+
+        if not fits(1) and fits(2):
+            self.join_chains()
+        self.open = False
 
     def _logits(self, draws: Any, members: Any, x: Any) -> Any:
         chosen = jax.tree.map(lambda leaf: leaf[members], draws)
@@ -162,6 +231,18 @@ def _to_torch(value: Any, like: Tensor) -> Tensor:
     return torch.from_dlpack(value).to(like, copy=True)
 
 
+def _plain(draws: Any) -> Any:
+    """Mappings that JAX does not know as dicts, all the way down."""
+    if isinstance(draws, Mapping) and (type(draws) is dict or jax.tree.leaves(draws)[:1] == [draws]):
+        return {name: _plain(value) for name, value in draws.items()}
+    return draws
+
+
 def _as_float32(leaf: Any) -> Any:
-    array = jnp.asarray(leaf)
+    array = np.asarray(leaf) if isinstance(leaf, Tensor | list | float | int) else leaf
+    if not hasattr(array, "dtype") or array.dtype.kind not in "fiubV":  # bfloat16 is of kind V
+        raise TypeError(
+            f"expected draws as a pytree of arrays, got {type(leaf).__name__} in it; take mcmc.get_samples()"
+        )
+    array = jnp.asarray(array)
     return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array

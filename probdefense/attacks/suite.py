@@ -137,8 +137,15 @@ def least_budget(logits_fn: Any, *, norm: Norm = math.inf, width: int = 1, targe
         width: Draws in every answer: 1, or the members of an ensemble that answers with all of them.
         target: Whether classes are wanted.
 
+    Returns:
+        Forward evaluations per image.
+
     Raises:
         ValueError: bad settings.
+
+    References:
+        Croce and Hein, 2020, [Reliable evaluation of adversarial robustness with an ensemble of
+        diverse parameter-free attacks](https://arxiv.org/abs/2003.01690)
 
     Examples:
         >>> import probdefense as pd

@@ -179,9 +179,9 @@ def test_the_nearest_class_is_the_first_target():
     x, y = torch.full((1, 2), 0.5), torch.tensor([0])
     assert net(x).argsort(descending=True).tolist() == [[0, 1, 2, 3]]
     for scale in (1e-4, 1.0, 1e4):
-        x_adv = apgd(
-            lambda x, s=scale: s * net(x).unsqueeze(0), x, y, eps=0.2, num_steps=5, num_targets=1, seed=0
-        )
+        scaled = nn.Linear(2, 4)
+        scaled.load_state_dict({name: scale * value for name, value in net.state_dict().items()})
+        x_adv = apgd(pd.deterministic(scaled), x, y, eps=0.2, num_steps=5, num_targets=1, seed=0)
         assert net(x_adv).argmax(1).tolist() == [2]
 
 

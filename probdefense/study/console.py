@@ -75,7 +75,7 @@ def _accuracies(result: Result) -> Any:
     rows, radius = result.report.rows, result.report.settings["eps"]
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     columns = [*attacks, f"certified, L2 {radius:g}"]
-    table = Table("defense", "rule", *columns, title="accuracy in % and its 95 % interval")
+    table = Table("defense", "rule", *columns, title=_title(rows))
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         lines.setdefault((row["defense"], row["rule"]), {})[row["attack"]] = _share(row)
@@ -88,8 +88,15 @@ def _accuracies(result: Result) -> Any:
     return table
 
 
+def _title(rows: list[Row]) -> str:
+    if count := rows[0].get("num_seeds"):
+        return f"mean accuracy over {count} seeds in %, its deviation between seeds and its 95 % interval"
+    return "accuracy in % and its 95 % interval"
+
+
 def _share(row: Row) -> str:
-    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    spread = f" ±{100 * row['seed_spread']:.1f}" if "seed_spread" in row else ""
+    return f"{100 * row['accuracy']:.1f}{spread} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
 
 
 def _spent(rows: Iterable[Row]) -> list[str]:

@@ -114,7 +114,10 @@ def replicates(reports: Sequence[Report]) -> list[Report]:
 
 
 def joined(several: Sequence[Report]) -> Report:
-    """The report of all seeds: accuracies are means, intervals speak of other seeds and other images."""
+    """The report of all seeds: accuracies are means, intervals speak of other seeds and other images.
+
+    Every row has the standard deviation of its accuracy between seeds as ``seed_spread``.
+    """
     first = several[0]
     if len(several) == 1:
         return first
@@ -132,7 +135,8 @@ def joined(several: Sequence[Report]) -> Report:
             n: sum(each.row(**place)[n] for each in several) // len(several) for n in ("queries", "gradients")
         }
         judged = proportion(np.stack(correct), "shared", settings.get("estimand", "population"))
-        rows.append({**row, **judged, **spent, "num_seeds": len(several)})
+        spread = float(np.std([table.mean() for table in correct], ddof=1))
+        rows.append({**row, **judged, **spent, "num_seeds": len(several), "seed_spread": spread})
     return Report(rows, settings | {"training seeds": len(several)}, arrays)
 
 

@@ -132,7 +132,7 @@ def _write_certificate(found: Certificate, place: Path) -> None:
 def _certificate(place: Path) -> Certificate:
     try:
         rest = json.loads((place / f"{CERTIFICATE}.json").read_text())
-        with np.load(place / f"{CERTIFICATE}.npz") as arrays:
+        with (place / f"{CERTIFICATE}.npz").open("rb") as file, np.load(file) as arrays:
             rest |= {name: torch.as_tensor(arrays[name]) for name in arrays.files}
         return Certificate(**rest)
     except (ValueError, TypeError, OSError) as error:

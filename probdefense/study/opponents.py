@@ -7,6 +7,7 @@ its members, its adaptation) and spends about `gradients` per image, every draw 
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -166,10 +167,11 @@ def own_attack(where: str, settings: Mapping[str, Any], defense: Any, gradients:
 def _changed(attack: Attack, settings: Mapping[str, Any]) -> Attack:
     """An attack with other settings, of which ``num_samples`` is the draws per call."""
     rest = {name: value for name, value in settings.items() if name != "num_samples"}
-    draws = settings.get("num_samples", attack.num_samples if isinstance(attack, WithDraws) else None)
-    inner = attack.attack if isinstance(attack, WithDraws) else attack
-    inner = partial(inner, **rest) if rest else inner
-    return inner if draws is None else with_draws(inner, draws)
+    draws = settings.get("num_samples")
+    if isinstance(attack, WithDraws):
+        return replace(attack, attack=partial(attack.attack, **rest), num_samples=draws or attack.num_samples)
+    attack = partial(attack, **rest) if rest else attack
+    return attack if draws is None else with_draws(attack, draws)
 
 
 def check_settings(where: str, settings: Mapping[str, Any]) -> None:

@@ -1,20 +1,39 @@
-"""Running statistics of normalization layers, taken anew under the posterior."""
+r"""Running statistics of normalization layers, taken anew under the posterior.
+
+The average $\hat m$ over $B$ batches errs by $s / \sqrt{B}$, with their spread $s$. Of the old statistics
+$m_0$ stays the share that this error has in the distance between the two, per layer (James and Stein, 1961):
+
+$$ m = \hat m + c\, (m_0 - \hat m), \qquad c = \min\Bigl(1, \frac{s^2 / B}{|\hat m - m_0|^2}\Bigr) $$
+"""
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from probdefense.nn.passes import explained
 from probdefense.training.batches import Batches, batches, check_loader
+from probdefense.types import Inputs
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
+Numbers = tuple[Tensor, Tensor, Tensor]
+"""Mean, variance and number of batches, as a layer keeps them."""
+
 
 def recalibrate(defense: Any, loader: Batches) -> None:
-    """Replaces the running statistics of BatchNorm by their average over data and draws.
+    r"""Takes the running statistics of BatchNorm anew: their average over data and draws.
 
     Each batch is seen through one draw. Statistics that training left behind belong to weights that
-    kept moving; after a change of scale, prior or threshold they belong to another network.
+    kept moving; after a change of scale, prior or threshold they belong to another network. But few batches
+    are few draws of the weights, whose average is worse than what a training left: so the old statistics
+    stay to the share that the error of the new ones has in the distance between the two. With much data that
+    is next to nothing. A single batch is seen in halves too, which tell its error; of fewer than four
+    images it goes half the way. Those of a new layer, which no batch has moved, are replaced.
+
+    Use it after a change of noise, prior or threshold without training, and after an average of weights. Do
+    not use it right after `fit` on the same data, where there is nothing to gain, nor with other images than
+    the defense will see (attacked or augmented ones): more of them do not help.
 
     Args:
         defense: A `Defense`; changed in place, modes are left as they are.
@@ -23,6 +42,10 @@ def recalibrate(defense: Any, loader: Batches) -> None:
     Raises:
         TypeError: something else than batches of tensors.
         ValueError: no layer with running statistics, no batch, or bad data; the statistics stay.
+
+    References:
+        James and Stein, 1961, [Estimation with Quadratic
+        Loss](https://projecteuclid.org/euclid.bsmsp/1200512173)
 
     Examples:
         >>> import probdefense as pd
@@ -41,18 +64,66 @@ def recalibrate(defense: Any, loader: Batches) -> None:
         )
     check_loader(loader)
     before = [(layer, layer.momentum, layer.training) for layer in layers]
-    found = [(layer, name, getattr(layer, name).clone()) for layer in layers for name in STATISTICS]
+    old = [_read(layer) for layer in layers]
+    found = old
     try:
         for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum, layer.training = None, True  # None: the plain average over batches
-        for x, _ in batches(loader, next(layers[0].buffers()).device):
-            with explained(x):
-                defense.move_statistics(x)
-    except BaseException:
-        for layer, name, value in found:
-            getattr(layer, name).copy_(value)
-        raise
+            layer.momentum, layer.training = None, True  # None: the plain average over uses of the layer
+        seen = _seen(defense, layers, loader)
+        found = [_blended(*pair) if pair[1] else pair[0] for pair in zip(old, seen, strict=True)]
     finally:
-        for layer, momentum, training in before:
+        for (layer, momentum, training), numbers in zip(before, found, strict=True):
             layer.momentum, layer.training = momentum, training
+            for name, value in zip(STATISTICS, numbers, strict=True):
+                getattr(layer, name).copy_(value)
+
+
+def _read(layer: Any) -> Numbers:
+    mean, var, count = (getattr(layer, name).clone() for name in STATISTICS)
+    return mean, var, count
+
+
+def _seen(defense: Any, layers: list[Any], loader: Batches) -> list[list[Numbers]]:
+    """What each layer finds in every batch that it runs in; in the halves of a single one too."""
+    seen: list[list[Numbers]] = [[] for _ in layers]
+    single: Tensor | None = None
+    for number, (x, _) in enumerate(batches(loader, next(layers[0].buffers()).device)):
+        _see(defense, layers, x, seen)
+        single = x if number == 0 else None
+    if single is not None and len(single) >= 4:  # whose error would not be known
+        for half in single.chunk(2):
+            _see(defense, layers, half, seen)
+    return seen
+
+
+def _see(defense: Any, layers: list[Any], x: Inputs, seen: list[list[Numbers]]) -> None:
+    """Adds what each layer finds in one batch at one draw."""
+    for layer in layers:
+        layer.reset_running_stats()
+    with explained(x):
+        defense.move_statistics(x)
+    for layer, found in zip(layers, seen, strict=True):
+        if int(layer.num_batches_tracked):
+            found.append(_read(layer))
+
+
+def _blended(old: Numbers, seen: list[Numbers]) -> Numbers:
+    """New statistics, with the share of the old ones that they leave room for."""
+    means, variances, counts = (torch.stack(part) for part in zip(*seen, strict=True))
+    scale = variances.mean(0).clamp_min(torch.finfo(variances.dtype).tiny)
+    fresh = not bool(old[0].any()) and bool((old[1] == 1).all())  # as a new layer has them
+    mean = _shrunk(means, old[0], scale.sqrt(), fresh)
+    return mean, _shrunk(variances, old[1], scale, fresh), counts.sum()
+
+
+def _shrunk(seen: Tensor, old: Tensor, scale: Tensor, fresh: bool) -> Tensor:
+    """The average over batches ``(batches, channels)``, drawn to the old statistic ``(channels,)``."""
+    new = seen.mean(0)
+    if fresh:
+        return new
+    if len(seen) == 1:
+        return (new + old) / 2
+    error = (seen.var(0) / len(seen) / scale.square()).sum()
+    distance = ((new - old) / scale).square().sum()
+    share = torch.where(distance > error, error / distance, 1.0)
+    return new + share * (old - new)

@@ -7,6 +7,7 @@ its members, its adaptation) and spends about `gradients` per image, every draw 
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -60,23 +61,17 @@ def with_momentum(defense: LogitsFn, gradients: int) -> Attack:
     """
     draws, pairs = (2, PAIRS) if defense.stochastic else (1, 1)
     num_steps = max(1, gradients // (draws * pairs))
+    along = partial(
+        attacks.mim, num_steps=num_steps, repeats=pairs, signs=True, loss=predictive_cross_entropy
+    )
+    smooth = _declared(defense)  # of transforms that round
 
     def momentum(
         logits_fn: LogitsFn, x: Inputs, y: Labels, *, eps: float, norm: Norm = math.inf, seed: Seed = None
     ) -> Inputs:
-        return attacks.mim(
-            logits_fn,
-            x,
-            y,
-            eps=eps,
-            norm=norm,
-            step_size=min(eps, 2.5 * eps / num_steps),
-            num_steps=num_steps,
-            loss=predictive_cross_entropy,
-            repeats=pairs,
-            signs=True,
-            seed=seed,
-        )
+        size = min(eps, 2.5 * eps / num_steps)
+        with attacks.bpda(defense, smooth) if isinstance(defense, Defense) else nullcontext():
+            return along(logits_fn, x, y, eps=eps, norm=norm, step_size=size, seed=seed)
 
     return with_draws(
         momentum, draws, "antithetic" if getattr(defense, "pairs_draws", False) else "independent"
@@ -244,8 +239,15 @@ def _transferred(defense: Any, gradients: int) -> Attack:
 
 
 def _bpda(defense: Any, gradients: int) -> Attack:
-    jumps = isinstance(defense, Defense) and any(isinstance(m, JumpReLU) for m in defense.modules())
-    return (through_jumps if jumps else _pgd)(defense, gradients)
+    return (through_jumps if _declared(defense) else _pgd)(defense, gradients)
+
+
+def _declared(defense: Any) -> dict[str, Surrogate]:
+    """The surrogates of jumps and roundings, none where there are neither."""
+    known = isinstance(defense, Defense) and any(
+        isinstance(m, JumpReLU) or hasattr(m, "surrogate") for m in defense.modules()
+    )
+    return surrogates(defense) if known else {}
 
 
 def _worst_of(defense: LogitsFn, gradients: int) -> Attack:

@@ -167,7 +167,7 @@ def harmonic(weight: float, num_steps: int) -> Callable[[int], float]:
 def rewarded(
     objective: Objective, weight: float | Callable[[int], float], reward: Reward = entropy
 ) -> Objective:
-    r"""Pays for noise: what is minimized is $\ell(\phi, x, y) - \gamma_t\, R(\phi)$.
+    r"""Any objective minus a reward for noise, $\ell(\phi, x, y) - \gamma_t\, R(\phi)$.
 
     Args:
         objective: What is minimized without the reward.

@@ -79,12 +79,15 @@ def _kl_low_rank(q: Any, p: Any) -> Tensor:
 
 
 class LowRank(MeanField):
-    r"""A normal vector with trained mean, scales and factor, $\Sigma = W W^\top + \mathrm{diag}(d^2)$.
+    r"""A normal vector with trained mean, scales and factor, $\Sigma = D\,(I + V V^\top)\,D$.
+
+    With $D = \mathrm{diag}(d)$ the factor is relative to the scales, $W = D V$: both then take steps of a size
+    that does not depend on the units of the weights.
 
     Args:
         loc: Where the mean starts, ``(D,)``.
-        init_scale: Where every $d$ starts; the factor starts at random with a tenth of it.
-        rank: $k$, the columns of $W$.
+        init_scale: Where every $d$ starts; $V$ starts at random with elements of size 0.1.
+        rank: $k$, the columns of $V$.
         floor: The smallest $d$.
         ceiling: The largest $d$; None for none.
     """
@@ -92,8 +95,16 @@ class LowRank(MeanField):
     def __init__(self, loc: Tensor, init_scale: float, rank: int, floor: float, ceiling: float | None):
         super().__init__(loc, init_scale, LowRankNormal, floor, ceiling)
         start = torch.randn((loc.numel(), rank), generator=torch.Generator().manual_seed(rank))
-        self.factor = nn.Parameter(start.to(loc) * init_scale / 10)  # at 0 it would have no gradient
+        self.factor = nn.Parameter(start.to(loc) / 10)  # at 0 it would have no gradient
 
     def forward(self) -> Distribution:
         """The distribution of the flat vector, one event."""
-        return LowRankNormal(self.loc, self.scale, self.factor)
+        scale = self.scale
+        return LowRankNormal(self.loc, scale, scale.unsqueeze(-1) * self.factor)
+
+    def take(self, loc: Tensor, scale: Tensor, factor: Tensor) -> None:
+        """Takes given numbers: the mean, $d > 0$ without bounds, and $W$."""
+        with torch.no_grad():
+            self.loc.copy_(loc)
+            self.log_scale.copy_(scale.log())
+            self.factor.copy_(factor / scale.unsqueeze(-1))

@@ -91,13 +91,7 @@ class Swag:
         posterior = list(made.guide.posteriors.values())[-1]
         scale = (self.squares / self.count / 2).sqrt().clamp_min(TINY)
         factor = torch.stack(self.deviations, dim=1) / (2 * (rank - 1)) ** 0.5
-        with torch.no_grad():
-            for own, found in (
-                (posterior.loc, self.mean),
-                (posterior.log_scale, scale.log()),
-                (posterior.factor, factor),
-            ):
-                own.copy_(found)
+        posterior.take(self.mean, scale, factor)
         return made
 
     def state_dict(self) -> dict[str, Any]:

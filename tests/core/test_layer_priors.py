@@ -230,6 +230,11 @@ def regression():
     return x, y, torch.linalg.inv(precision), torch.linalg.solve(precision, x.T @ y)
 
 
+def covariance_of(posterior):
+    q = posterior()
+    return torch.diag(q.scale**2) + (q.factor @ q.factor.T if hasattr(q, "factor") else 0)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_low_rank_guide_reaches_a_correlated_posterior_that_mean_field_cannot(rank):
     """Fitted on the closed ELBO of the regression: E_q of the squares is known, the KL is ours."""
@@ -239,7 +244,7 @@ def test_a_low_rank_guide_reaches_a_correlated_posterior_that_mean_field_cannot(
     q = defense.guide.posteriors["weights"]
     optimizer = torch.optim.Adam(defense.parameters(), lr=0.02)
     for _ in range(1500):
-        w = torch.diag(q.scale**2) + (q.factor @ q.factor.T if rank else 0)
+        w = covariance_of(q)
         loss = ((y - x @ q.loc).square().sum() + (x.T @ x * w).sum()) / 2
         if rank:
             p = dist.Normal(torch.zeros(2), 1.0).to_event(1)
@@ -249,7 +254,7 @@ def test_a_low_rank_guide_reaches_a_correlated_posterior_that_mean_field_cannot(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = (torch.diag(q.scale**2) + (q.factor @ q.factor.T if rank else 0)).detach()
+    found = covariance_of(q).detach()
     torch.testing.assert_close(q.loc.detach(), mean, rtol=0.02, atol=0.02)
     error = float((found - covariance).norm() / covariance.norm())
     assert error < 0.02 if rank else error > 0.5

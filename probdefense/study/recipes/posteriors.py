@@ -87,7 +87,7 @@ def random_filters(shop: Workshop, share: float = 0.5, floor: float = 0.1, ceili
     about="four particles by Stein variational gradients (Liu and Wang, 2016)",
     opponent=opponents.member_by_member,
     cost=4,
-    notes=lambda members=4, prior_scale=1.0: {"prior": f"Normal(0, {prior_scale:g})"},
+    notes=lambda members=4, prior_scale=1.0: {"prior": f"Normal(0, {prior_scale:g})", "kl_weight": 1.0},
     learning_rate=8e-3,
 )
 def particles(shop: Workshop, members: int = 4, prior_scale: float = 1.0) -> LogitsFn:
@@ -101,7 +101,11 @@ def particles(shop: Workshop, members: int = 4, prior_scale: float = 1.0) -> Log
     about="particles that learn as much from attacked images as from clean ones (Doan et al., 2022)",
     opponent=opponents.member_by_member,
     cost=18,
-    notes=lambda members=3, weight=1.0: {"prior": "Normal(0, 1)", "information_weight": weight},
+    notes=lambda members=3, weight=1.0: {
+        "prior": "Normal(0, 1)",
+        "kl_weight": 1.0,
+        "information_weight": weight,
+    },
     learning_rate=8e-3,
     attacked=True,
 )

@@ -12,6 +12,7 @@ from probdefense.analysis.pictures import (
     reliability,
 )
 from probdefense.analysis.plots import (
+    accuracy_against_queries,
     accuracy_chart,
     certified_vs_empirical,
     eot_convergence,
@@ -21,6 +22,7 @@ from probdefense.analysis.plots import (
 __all__ = [
     "Loo",
     "RobustnessCurve",
+    "accuracy_against_queries",
     "accuracy_chart",
     "certified_vs_empirical",
     "entropy_clean_attacked",

@@ -23,6 +23,7 @@ from probdefense.analysis.style import (
 )
 from probdefense.evaluation.arrays import exact
 from probdefense.evaluation.certification import Certificate
+from probdefense.evaluation.queries import query_curve
 from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.types import Labels
 from probdefense.validation import check_kind, check_labels, check_member, check_positive
@@ -75,6 +76,47 @@ def accuracy_chart(
     count = rows[0]["num_examples"]
     about = f"{norm_name(report)} radius {eps:g}, rule {rule}, {count} examples, 95 % intervals"
     heading(ax, "Accuracy", about)
+    return ax
+
+
+def accuracy_against_queries(
+    report: Report, attack: str, *, rule: str | None = None, eps: float | None = None, ax: Any = None
+) -> Any:
+    """Accuracy against the number of queries that an attack may ask, one line per defense, with intervals.
+
+    Args:
+        report: Of `evaluate` with ``max_queries=``.
+        attack: Its name as it was given.
+        rule: Which rule; the first of the report by default.
+        eps: Which radius; the largest by default.
+        ax: Axes to draw on.
+
+    Returns:
+        The axes.
+
+    Examples:
+        >>> import probdefense as pd
+        >>> data, net = (torch.rand(20, 4), torch.randint(3, (20,))), pd.deterministic(torch.nn.Linear(4, 3))
+        >>> report = pd.evaluate(net, data, {"square": pd.attacks.square}, max_queries=[5, 20])
+        >>> accuracy_against_queries(report, "square").get_xlabel()
+        'queries per image'
+    """
+    rule = rule_of(report, rule)
+    ax = new_axes(ax, (4.8, 4.0))
+    for color, defense in zip(cycle(len(report.defenses)), report.defenses, strict=True):
+        rows = query_curve(report, attack, rule, defense=defense)
+        radius = max(row["eps"] for row in rows) if eps is None else eps
+        rows = [row for row in rows if row["eps"] in (0.0, radius)]
+        at = [max(1, row["max_queries"]) for row in rows]
+        ax.plot(at, [row["accuracy"] for row in rows], "o-", color=color, markersize=4, label=defense)
+        ax.fill_between(
+            at, [row["low"] for row in rows], [row["high"] for row in rows], color=color, alpha=0.15
+        )
+    quiet(ax).set_xscale("log")
+    percent(ax, "y")
+    ax.set_xlabel("queries per image")
+    ax.legend(frameon=False)
+    heading(ax, "Accuracy against queries", f"{attack}, {norm_name(report)} radius {radius:g}, rule {rule}")
     return ax
 
 

@@ -20,6 +20,7 @@ from probdefense.evaluation.examples import Chunk, chunks, gather, num_chunks
 from probdefense.evaluation.intervals import ESTIMANDS
 from probdefense.evaluation.journal import Book
 from probdefense.evaluation.points import Run, Spent, Threat, attacked, runs
+from probdefense.evaluation.queries import by_queries
 from probdefense.evaluation.records import Record
 from probdefense.evaluation.report import Report
 from probdefense.evaluation.rows import Rows
@@ -57,6 +58,7 @@ def evaluate(
     seed: int = 0,
     name: str = "defense",
     estimand: str = "population",
+    max_queries: Sequence[int] | None = None,
     chunk_size: int = CHUNK_SIZE,
     draw_chunk: int | None = None,
     journal: str | os.PathLike[str] | None = None,
@@ -83,6 +85,9 @@ def evaluate(
         num_samples: Verdict draws.
         seed: Of attacks, selection and verdict; the report depends on nothing else.
         name: Of the defense, in the rows.
+        max_queries: Budgets of the attacks that take ``max_queries``, each of which runs once per budget, as
+            ``"square@100"`` for example, with rows that name it; by single answers unless `with_draws` says
+            otherwise. See `queries.query_curve`.
         chunk_size: Examples that are attacked together; one chunk is in memory at a time. It decides, with
             `seed`, which draws the attacks see.
         draw_chunk: Images (rows times draws) per pass of the defense, chosen by the memory of one if None;
@@ -117,7 +122,7 @@ def evaluate(
     logits_fn = as_logits_fn(logits_fn)
     attacks = {} if attacks is None else attacks
     check_kind("attacks", attacks, Mapping, "give them by name, as in {'pgd': attacks.pgd}")
-    attacks = dict(attacks)
+    attacks, budgets = by_queries(attacks, max_queries)
     num_samples, seed, norm = check_count("num_samples", num_samples), check_seed(seed), check_norm(norm)
     chunk_size = check_count("chunk_size", chunk_size)
     draw_chunk = None if draw_chunk is None else check_count("draw_chunk", draw_chunk)
@@ -152,6 +157,10 @@ def evaluate(
     report.arrays.put(np.concatenate(labels), "labels", name)
     report.arrays.put(first + np.arange(len(report.arrays.at("labels", name))), "ids", name)
     Rows(report, name, draws_kind(logits_fn)).file(book.joined(), runs, threat)
+    report.rows = [
+        row | {"max_queries": budgets[row["attack"]]} if row["attack"] in budgets else row
+        for row in report.rows
+    ]
     return report
 
 

@@ -1,26 +1,22 @@
-"""What attacks cost beside the least that could be written, as ratios of one run, and foolbox's distances.
-
-    python benchmarks/attacks.py [turns]
-
-Read ratios only: variants take turns, and the median over turns is reported.
-"""
+"""Attacks beside the loop that anyone would write, and beside other libraries."""
 
 import math
-import sys
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from nets import digits_nets
-from speed import cnn, medians, show
-from torch import nn
+from torch import Tensor, nn
 
 import probdefense as pd
-from probdefense.attacks import cw, ddn, fmn, pgd
-from probdefense.logits.rules import mean_prob
-from probdefense.ops import lp_norm
+from benchmarks.measure import Variants, benchmark, quartiles, timed
+from benchmarks.nets import cnn, digits_nets
+from probdefense.attacks import pgd
+from probdefense.evaluation.intervals import wilson
+from probdefense.prediction.drawing import draw_keyed
 
 
-def hand_written(net: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: float, steps: int) -> torch.Tensor:
+def hand_written(net: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
     """Projected gradient descent in l-inf as anyone writes it."""
     low, high = (x - eps).clamp_min(0.0), (x + eps).clamp_max(1.0)
     point = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0.0, 1.0)
@@ -32,9 +28,7 @@ def hand_written(net: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: float, s
     return point.detach()
 
 
-def one_after_another(
-    defense: pd.Defense, x: torch.Tensor, y: torch.Tensor, eps: float, steps: int, draws: int
-) -> torch.Tensor:
+def one_after_another(defense: Any, x: Tensor, y: Tensor, eps: float, steps: int, draws: int) -> Tensor:
     """Expectation over transformation as it is usually done: draw, differentiate, add."""
     low, high = (x - eps).clamp_min(0.0), (x + eps).clamp_max(1.0)
     point = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0.0, 1.0)
@@ -48,73 +42,112 @@ def one_after_another(
     return point.detach()
 
 
-def loops(turns: int) -> None:
-    """PGD beside a hand-written loop at equal gradients, and with the active set."""
-    for parameter in (net := cnn()).parameters():
-        parameter.requires_grad_(False)  # else both loops pay for gradients that nobody uses
-    x, y = torch.rand(64, 1, 28, 28), torch.arange(64) % 10
-    variants = {
-        "hand-written loop": lambda: hand_written(net, x, y, 0.2, 10),
-        "pgd": partial(pgd, pd.deterministic(net), x, y, eps=0.2, num_steps=10),
+def frozen_cnn(device: torch.device) -> nn.Module:
+    """Without gradients of weights, which both loops would pay for and nobody uses."""
+    return cnn().to(device).eval().requires_grad_(False)
+
+
+@benchmark("eot", "EOT-PGD S=16, Bayes, CNN 100k, B=16 / its plain passes and normals", 1.05, rounds=5)
+def eot(device: torch.device) -> Variants:
+    x, y = torch.rand(16, 1, 28, 28, device=device), torch.arange(16, device=device) % 10
+    net = frozen_cnn(device)
+    defense = pd.defenses.bayesian(cnn().to(device)).eval()
+    size = sum(p.numel() for p in net.parameters())
+
+    def floor() -> None:
+        for _ in range(3 * 16):
+            torch.randn(size, device=device)
+            point = x.clone().requires_grad_(True)
+            torch.autograd.grad(nn.functional.cross_entropy(net(point), y), point)
+
+    return {
+        "floor": floor,
+        "ours": partial(pgd, defense.samples(16), x, y, eps=0.1, num_steps=3),
+        "one draw after another": partial(one_after_another, defense, x, y, 0.1, 3, 16),
     }
-    show("PGD-10, CNN of 100,000 parameters, batch 64", medians(variants, turns), unit="hand-written loop")
-    function, (x, y) = digits_nets(("plain",))["plain"], pd.data.digits()[1].tensors
-    x, y = x[:128], y[:128]
-    ours = partial(pgd, function, x, y, eps=0.2, num_steps=40)
-    variants = {
-        "hand-written loop": lambda: hand_written(function.net, x, y, 0.2, 40),
-        "pgd": ours,
-        "pgd, active set": partial(ours, active_set=True),
+
+
+def _loops(batch: int, device: torch.device) -> dict[str, Any]:
+    net = frozen_cnn(device)
+    x, y = torch.rand(batch, 1, 28, 28, device=device), torch.arange(batch, device=device) % 10
+    found: dict[str, Any] = {
+        "floor": lambda: hand_written(net, x, y, 0.2, 10),
+        "ours": partial(pgd, pd.deterministic(net), x, y, eps=0.2, num_steps=10),
     }
-    title = "PGD-40, small undefended net, 128 digits"
-    show(title, medians(variants, turns), unit="hand-written loop")
+    try:
+        import foolbox
+
+        peer = foolbox.PyTorchModel(net, bounds=(0, 1), device=device)
+        attack = foolbox.attacks.LinfPGD(steps=10, rel_stepsize=0.25)
+        found["foolbox"] = lambda: attack(peer, x, y, epsilons=0.2)
+    except ImportError:
+        pass
+    return found
 
 
-def draws(turns: int) -> None:
-    """Sixteen draws at once beside one after another."""
-    nets, (x, y) = digits_nets(("rse", "bayesian")), pd.data.digits()[1].tensors
-    for name, defense in nets.items():
-        for batch in (1, 8):
-            part = x[:batch], y[:batch]
-            variants = {
-                "one after another": partial(one_after_another, defense, *part, 0.2, 5, 16),
-                "pgd, vectorized": partial(pgd, defense.samples(16), *part, eps=0.2, num_steps=5),
-            }
-            title = f"EOT-PGD of 16 draws, {name}, batch {batch}"
-            show(title, medians(variants, turns), unit="pgd, vectorized")
+@benchmark("pgd-4", "PGD-10 / hand-written loop, CNN 100k, B=4", 1.05, rounds=25)
+def pgd_4(device: torch.device) -> Variants:
+    return _loops(4, device)
 
 
-def distances() -> None:
-    """Median L2 distances at 100 steps."""
-    import foolbox
-
-    defense, (x, y) = digits_nets(("plain",))["plain"], pd.data.digits()[1].tensors
-    module, x, y = defense.as_module(), x[:100], y[:100]
-    peer = foolbox.PyTorchModel(module.eval(), bounds=(0, 1))
-    theirs = {
-        "DDN": foolbox.attacks.DDNAttack(steps=100),
-        "FMN": foolbox.attacks.L2FMNAttack(steps=100),
-        "C&W": foolbox.attacks.L2CarliniWagnerAttack(steps=100, stepsize=0.1),
-    }
-    print("\nmedian L2 distance of 100 digits, 100 steps: ours, foolbox's")
-    for (name, attack), ours in zip(theirs.items(), (ddn, fmn, cw), strict=True):
-        found = [ours(defense, x, y, seed=0), attack(peer, x, y, epsilons=None)[1]]
-        wrong = [mean_prob(defense(points)).argmax(-1) != y for points in found]
-        medians_ = [
-            float(torch.where(w, lp_norm(points - x, 2), math.inf).median())
-            for w, points in zip(wrong, found, strict=True)
-        ]
-        print(f"  {name}  {medians_[0]:.3f}  {medians_[1]:.3f}")
+@benchmark("pgd-32", "PGD-10 / hand-written loop, CNN 100k, B=32", 1.05, rounds=7)
+def pgd_32(device: torch.device) -> Variants:
+    return _loops(32, device)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    turns = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-    loops(turns)
-    draws(turns)
-    distances()
+@benchmark("antithetic", "EOT-PGD at equal gradients: robust accuracy, antithetic - independent draws")
+def antithetic(device: torch.device) -> dict[str, Any]:
+    """The difference of robust accuracies on four defenses, with 95 % intervals of its own images."""
+    x, y = (part[:200].to(device) for part in pd.data.digits()[1].tensors)
+    cells: dict[str, str] = {}
+    differences = []
+    for name, defense in digits_nets(("rse", "bayesian", "pni", "rse on bayesian")).items():
+        right = {}
+        for draws in ("independent", "antithetic"):
+            logits_fn = defense.to(device).samples(8, draws=draws)
+            points = pgd(logits_fn, x, y, eps=0.1, num_steps=20, seed=0)
+            verdicts = draw_keyed(defense, points, 50, 1)
+            right[draws] = (pd.rules.mean_prob(verdicts).argmax(-1) == y).double()
+        gap = right["antithetic"] - right["independent"]
+        error = 1.96 * float(gap.std()) / math.sqrt(len(gap))
+        low, high = wilson(int(right["independent"].sum()), len(gap))
+        differences.append(float(gap.mean()))
+        variance = _variance(defense, x[:32], y[:32])
+        cells[name] = (
+            f"{float(right['independent'].mean()):.3f} [{low:.3f}, {high:.3f}], difference "
+            f"{float(gap.mean()):+.3f} ± {error:.3f}; variance of the gradient {variance:.2f}x"
+        )
+    return {"value": sum(differences) / len(differences), "about": cells}
 
 
-if __name__ == "__main__":
-    main()
+def _variance(defense: pd.Defense, x: Tensor, y: Tensor) -> float:
+    """That of the gradient of two draws, antithetic / independent."""
+    found = []
+    for draws in ("antithetic", "independent"):
+        slopes = []
+        for _ in range(24):
+            point = x.clone().requires_grad_(True)
+            logits = defense.samples(2, draws=draws)(point)
+            slopes.append(torch.autograd.grad(pd.losses.expected_cross_entropy(logits, y).sum(), point)[0])
+        found.append(float(torch.stack(slopes).var(0).mean()))
+    return found[0] / found[1]
+
+
+@benchmark(
+    "suite", "suite / pyautoattack rand, RSE digits, 40 images: seconds", 0.33, rounds=1, group="peers"
+)
+def suite(device: torch.device) -> dict[str, Any]:
+    import pyautoattack
+
+    defense = digits_nets(("rse",))["rse"].to(device)
+    x, y = (part[:40].to(device) for part in pd.data.digits()[1].tensors)
+
+    def theirs() -> None:
+        peer = pyautoattack.AutoAttack(defense.as_module(), norm="Linf", eps=0.1, version="rand", seed=0)
+        peer.run_standard_evaluation(x, y)
+
+    times = timed(
+        {"theirs": theirs, "ours": partial(pd.attacks.suite, defense, x, y, eps=0.1, seed=0)}, 1, device
+    )
+    middle = {name: quartiles(spent["cpu"])[1] for name, spent in times.items()}
+    return {"value": middle["ours"] / middle["theirs"]}

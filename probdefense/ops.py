@@ -6,9 +6,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from probdefense.rng import Stream
 from probdefense.types import Inputs, Norm
+from probdefense.validation import watching
 
 
 def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
@@ -50,6 +52,16 @@ def entropy(log_probs: Tensor) -> Tensor:
         tensor(0.6931)
     """
     return -torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * log_probs).sum(-1)
+
+
+def is_class(y: Tensor, num_classes: int) -> Tensor:
+    """Which class is the label, bool ``(..., classes)``.
+
+    On a CPU labels beyond the classes are an error; a device is not asked.
+    """
+    if watching.immediate(y):
+        return one_hot(y, num_classes).bool()
+    return y.unsqueeze(-1) == torch.arange(num_classes, device=y.device)
 
 
 def per_example(values: Tensor, like: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from probdefense.attacks.tools.border import attack
 from probdefense.attacks.tools.gradient import ask, input_jacobian
 from probdefense.attacks.tools.selection import Closest, Goal
 from probdefense.attacks.tools.settle import settle, surrogate
 from probdefense.logits.rules import mean_prob
-from probdefense.ops import Ball, lp_norm, movable, per_example
+from probdefense.ops import Ball, is_class, lp_norm, movable, per_example
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, Norm, Rule, Seed
 
 
@@ -96,7 +95,7 @@ def _leads(logits: Logits, goal: Goal, count: int) -> Tensor:
     """How far the most likely wrong classes are ahead of the true one, ``(batch, count)``."""
     logits, factor = goal.standard(logits)
     scores = mean_prob(logits)
-    truth = one_hot(goal.y, scores.shape[-1]).bool()
+    truth = is_class(goal.y, scores.shape[-1])
     rivals = scores.masked_fill(truth, -torch.inf).topk(min(count, scores.shape[-1] - 1), dim=-1).values
     return (rivals - scores.gather(1, goal.y.unsqueeze(1))) * torch.as_tensor(factor).unsqueeze(-1)
 

@@ -119,8 +119,9 @@ class Keys:
         frozen: bool = False,
         trained: bool = False,
     ):
-        self.model, self.seed, self.num_samples, self.ids = model, seed, num_samples, ids
+        self.model, self.seed, self.num_samples = model, seed, num_samples
         self.device = ids.device if device is None and ids is not None else torch.device(device or "cpu")
+        self.ids = None if ids is None else ids.cpu()  # which tiles they are in is asked for every pass
         self.end = None if whole or ids is None else len(ids)
         self.repeats = not trained  # a pass that is run again gives no gradient of parameters
         self.antithetic, self.trained, self.shared = antithetic, trained, ids is None
@@ -159,7 +160,7 @@ class Keys:
         place = of_row * TILE + ids % TILE  # a tile that ends early is the last
         if torch.equal(place, torch.arange(values[uses[0].name].shape[1], device=place.device)):
             return values
-        return {name: value.index_select(1, place) for name, value in values.items()}
+        return {name: value.index_select(1, place.to(self.device)) for name, value in values.items()}
 
     def _tiles(self, uses: list[Use], draws: range, tiles: list[tuple[int, int]]) -> Draws:
         """The noise of some tiles, each with its number of rows, ``(draws, rows, *event)``."""

@@ -61,9 +61,11 @@ class Vectorized:
             return self.at(x, {})
         if seed is None and not antithetic:
             return self.answers(x, Fresh(self.model, num_samples), num_samples, max_batch, backend)
-        ids, trained = torch.arange(len(x), device=x.device), seed is None
+        ids, trained = torch.arange(len(x)), seed is None
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        keys = Keys(self.model, seed, num_samples, ids, antithetic=antithetic, trained=trained)
+        keys = Keys(
+            self.model, seed, num_samples, ids, device=x.device, antithetic=antithetic, trained=trained
+        )
         return self.answers(x, keys, num_samples, max_batch, backend)
 
     def answers(

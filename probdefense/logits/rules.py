@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-from probdefense.ops import exact, log_mean_exp
+from probdefense.ops import exact, is_class, log_mean_exp
 from probdefense.types import Labels, Logits, Rule
 from probdefense.validation import check_count, check_function, check_logits, check_member, check_values
 
@@ -67,7 +66,7 @@ def vote(logits: Logits) -> Tensor:
         >>> vote(torch.tensor([[[0.0, 2.0]], [[1.0, 0.0]], [[0.0, 0.1]]]))
         tensor([[0.3333, 0.6667]])
     """
-    return one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
+    return is_class(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
 
 
 @of_draws
@@ -144,7 +143,7 @@ def leads(scores: Tensor) -> Tensor:
 
 def score_margin(scores: Tensor, y: Labels) -> Tensor:
     """Score of the true class minus the best other, ``(..., batch, classes) -> (..., batch)``."""
-    truth = one_hot(y, scores.shape[-1]).bool().expand_as(scores)
+    truth = is_class(y, scores.shape[-1]).expand_as(scores)
     rivals = scores.masked_fill(truth, -torch.inf).amax(-1)
     return scores.masked_fill(~truth, 0.0).sum(-1) - rivals
 

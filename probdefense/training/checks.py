@@ -9,7 +9,14 @@ from torch import Tensor
 from probdefense.training.batches import check_loader, length, num_examples
 from probdefense.training.checkpoints import Checkpoints
 from probdefense.training.validation import check_validation
-from probdefense.validation import check_count, check_function, check_kind, check_member, check_positive
+from probdefense.validation import (
+    check_count,
+    check_function,
+    check_kind,
+    check_member,
+    check_positive,
+    watching,
+)
 
 
 def check_data(defense: Any, loader: Any, epochs: Any) -> tuple[int | None, int | None]:
@@ -111,9 +118,12 @@ def check_loss(loss: Any, epoch: int, step: int) -> None:
             f"expected objective(defense, x, y) to return one number that has a gradient, got {came}; build "
             "it from defense.step(x, y), and average over the batch"
         )
-    if not bool(torch.isfinite(loss.detach())):
-        raise FloatingPointError(
-            f"expected a finite loss, found that the loss became {float(loss.detach())} in epoch {epoch}, "
+    value = loss.detach()
+    watching.require(
+        torch.isfinite(value),
+        lambda: FloatingPointError(
+            f"expected a finite loss, found that the loss became {float(value)} in epoch {epoch}, "
             f"step {step}; lower the learning "
             "rate, or look for scales that grew without a KL term or a prior"
-        )
+        ),
+    )

@@ -12,6 +12,7 @@ from probdefense.processes import Processes
 from probdefense.rng import derive
 from probdefense.training.checks import check_loss
 from probdefense.types import Inputs, Labels, Objective
+from probdefense.validation import watching
 
 
 class Plan(NamedTuple):
@@ -97,6 +98,25 @@ class Descent:
             torch._foreach_mul_(gradients, self.processes.world / total)
         limit = torch.inf if self.plan.max_grad_norm is None else self.plan.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(trained, limit, foreach=True)
-        self.optimizer.step()
+        if watching.immediate(norm):
+            self.optimizer.step()
+        else:
+            self._step_if_finite(gradients, norm)
         self.count = self.examples = 0
         return norm
+
+    def _step_if_finite(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """A step on a device, where the epoch ends before anybody hears of a loss that was not finite.
+
+        Fused optimizers skip it then. Others go on by what they remember, with a gradient of zero.
+        """
+        bad = ~torch.isfinite(norm)
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            skipping: Any = self.optimizer
+            skipping.found_inf, skipping.grad_scale = bad.float(), None
+            self.optimizer.step()
+            del skipping.found_inf, skipping.grad_scale
+            return
+        for gradient in gradients:
+            gradient.masked_fill_(bad, 0.0)
+        self.optimizer.step()

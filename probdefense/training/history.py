@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from probdefense.ops import exact
 from probdefense.processes import Processes
 from probdefense.tables import format_table, html_table
 from probdefense.types import Labels, Step
+from probdefense.validation import watching
+from probdefense.validation.watching import Ledger
 
 
 @dataclass(repr=False)
@@ -60,6 +63,11 @@ class History:
         return [{"epoch": k + 1} | {name: values[k] for name, values in lists.items()} for k in range(count)]
 
 
+def number(value: Tensor) -> Any:
+    """On a CPU a number; on a device what will be one, so that nobody waits for it."""
+    return float(value) if watching.immediate(value) else exact(value)
+
+
 @dataclass
 class Meter:
     """Sums over what one epoch has seen so far."""
@@ -89,20 +97,30 @@ class Meter:
     def _see(self, step: Step, y: Labels) -> None:
         size = len(step.log_lik)
         self.forwards += size
-        self.log_lik += float(step.log_lik.detach().sum())
-        self.kl += size * float(sum(value.detach() for value in step.kl.values()))
-        self.accuracy += float((step.logits.argmax(-1) == y).sum())
+        self.log_lik += number(step.log_lik.detach().sum())
+        self.kl += size * number(sum((value.detach() for value in step.kl.values()), y.new_zeros(())))
+        self.accuracy += number((step.logits.argmax(-1) == y).sum())
 
     def add(self, loss: Tensor, size: int) -> None:
         """Takes in the loss of a batch."""
         self.examples += size
-        self.loss += size * float(loss.detach())
+        self.loss += size * number(loss.detach())
         self.seconds = self._now()
 
     def add_step(self, grad_norm: Tensor) -> None:
         """Takes in the gradient of a step."""
-        self.grad_norm += float(grad_norm)
+        self.grad_norm += number(grad_norm)
         self.steps += 1
+
+    def settle(self, checks: Ledger) -> None:
+        """Sums become numbers of the host, in the transfer in which the checks of the epoch are read.
+
+        Raises:
+            FloatingPointError: a loss was NaN or infinite.
+        """
+        names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
+        for name, value in zip(names, checks.read([getattr(self, name) for name in names]), strict=True):
+            setattr(self, name, value)
 
     def file(self, history: History, learning_rate: float, processes: Processes) -> None:
         """Adds the averages of the epoch to the history."""

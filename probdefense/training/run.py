@@ -21,6 +21,7 @@ from probdefense.training.schedules import Pace
 from probdefense.training.streams import Streams
 from probdefense.training.validation import Watch
 from probdefense.types import Inputs, Labels
+from probdefense.validation import watching
 
 Callbacks = Sequence[Callable[[int, History], Any]]
 
@@ -73,7 +74,7 @@ class Run:
 
     def _train_epoch(self) -> None:
         self.defense.train()
-        with self.meter.watching(self.defense):
+        with watching.ledger() as checks, self.meter.watching(self.defense):
             for x, y in self._left():
                 progress = self.done / self.total if self.total else None
                 loss = self.descent.add(x, y, (self.epoch, self.done), progress)
@@ -87,6 +88,7 @@ class Run:
                     self._step()
             if self.descent.count:
                 self._step()
+            self.meter.settle(checks)
 
     def _left(self) -> Iterator[tuple[Inputs, Labels]]:
         """The batches of this epoch that have not been trained yet, in the order in which they came."""
@@ -109,6 +111,7 @@ class Run:
             return
         asked = any(self.processes.gathered(self.interrupts.asked))
         if asked or (self.checkpoints.every and self.steps % self.checkpoints.every == 0):
+            self.meter.settle(watching.open_ledger())
             self.save()
         if asked:
             raise KeyboardInterrupt

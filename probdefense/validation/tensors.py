@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from probdefense.validation.settings import kind_of
+from probdefense.validation.watching import deferred, require
 
 ROUNDING = 1e-6
 """How far outside [0, 1] pixels may lie by rounding, in float32 or better."""
@@ -46,16 +47,30 @@ def check_inputs(x: Any, name: str = "x") -> Tensor:
 
 
 def _in_box(x: Tensor, name: str) -> Tensor:
-    low, high = (float(value) for value in torch.aminmax(x.detach()))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"expected finite values in {name}, got NaN or infinity; clean the data first")
-    rounding = max(ROUNDING, torch.finfo(x.dtype).eps)
-    if low < -rounding or high > 1 + rounding:
-        raise ValueError(
-            f"expected {name} in [0, 1], got values in [{low:.4g}, {high:.4g}]; "
-            "rescale the data and normalize inside the network with probdefense.nn.Normalize"
-        )
+    ends = torch.aminmax(x.detach())
+    if deferred(x):
+        outside = _outside(*ends, x.dtype)
+        require(~outside, lambda: _not_in_box(float(ends[0]), float(ends[1]), name))
+        return x.clamp(0, 1)
+    low, high = (float(value) for value in ends)
+    if bool(_outside(*ends, x.dtype)):
+        raise _not_in_box(low, high, name)
     return x if low >= 0 and high <= 1 else x.clamp(0, 1)
+
+
+def _outside(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether values are not finite, or further outside than rounding carries them."""
+    rounding = max(ROUNDING, torch.finfo(dtype).eps)
+    return ~((low >= -rounding) & (high <= 1 + rounding))  # NaN is neither
+
+
+def _not_in_box(low: float, high: float, name: str) -> ValueError:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return ValueError(f"expected finite values in {name}, got NaN or infinity; clean the data first")
+    return ValueError(
+        f"expected {name} in [0, 1], got values in [{low:.4g}, {high:.4g}]; "
+        "rescale the data and normalize inside the network with probdefense.nn.Normalize"
+    )
 
 
 def _check_stored(x: Tensor, name: str) -> None:
@@ -92,8 +107,10 @@ def check_labels(y: Any, batch: int, name: str = "y") -> None:
         ValueError: wrong shape or a negative label.
     """
     check_label_form(y, batch, name)
-    if batch and int(y.min()) < 0:
-        raise ValueError(f"expected {name} >= 0, got {int(y.min())}; labels are class indices from 0")
+    if batch:
+        low = y.min()
+        message = f"expected {name} >= 0, got {{}}; labels are class indices from 0"
+        require(low >= 0, lambda: ValueError(message.format(int(low))))
 
 
 def check_label_form(y: Any, batch: int, name: str = "y") -> None:
@@ -151,11 +168,14 @@ def check_classes(y: Tensor, num_classes: int, name: str = "y") -> None:
     Raises:
         ValueError: a label is not below the number of classes.
     """
-    if int(y.max()) >= num_classes:
-        raise ValueError(
-            f"expected {name} < {num_classes}, the number of classes in the logits, got {int(y.max())}; "
+    high = y.max()
+    require(
+        high < num_classes,
+        lambda: ValueError(
+            f"expected {name} < {num_classes}, the number of classes in the logits, got {int(high)}; "
             "check the labels or the width of the last layer"
-        )
+        ),
+    )
 
 
 def check_output(output: Any, batch: int) -> None:
@@ -313,13 +333,15 @@ def check_finite_logits(logits: Tensor, where: str, examples: Tensor | None = No
         FloatingPointError: naming how many examples and which.
     """
     top = logits.detach().amax(-1)  # NaN wins, +inf wins, and -inf is left only where nothing else is
-    if bool(torch.isfinite(top).all()):
-        return
+    require(torch.isfinite(top).all(), lambda: _not_finite(top, where, examples))
+
+
+def _not_finite(top: Tensor, where: str, examples: Tensor | None) -> FloatingPointError:
     batch = top.shape[-1]
     bad = (~torch.isfinite(top)).reshape(-1, batch).any(0).nonzero().flatten().cpu()
     if examples is not None and batch % len(examples) == 0:
         batch, bad = len(examples), examples.cpu()[bad % len(examples)].unique()
-    raise FloatingPointError(
+    return FloatingPointError(
         f"NaN or infinite logits in {where} for {len(bad)} of {batch} examples, {bad[:10].tolist()}; "
         "expected finite logits, or -inf for classes that are ruled out, though not for all; check the "
         "network for log, sqrt or division at 0 and for overflow"

@@ -34,6 +34,7 @@ from probdefense.validation import (
     check_norm,
     check_positive,
     check_share,
+    watching,
 )
 
 POSITIVE = ("step_size", "learning_rate", "h", "sigma", "init_eps", "init_c", "c")
@@ -80,7 +81,7 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
         }
         max_batch = len(x) if max_batch is None else check_count("max_batch", max_batch)
         seed = _one_source(seed, generator)
-        with outside_inference():
+        with outside_inference(), watching.ledger():
             stream, x_adv = Stream.of(seed, x), torch.empty_like(x)
             given = {name: workable(value) for name, value in {**options, "x": x, "y": y}.items()}
             with forked(None if seed is None else stream.seed(), x.device):
@@ -147,7 +148,9 @@ class _Guarded:
         return self.logits_fn.stochastic
 
     def __call__(self, x: Inputs, num_samples: int | None = None, **options: Any) -> Logits:
-        logits = self.logits_fn(self._as_asked(x), num_samples, **options)  # about a copy: networks may work in place
+        logits = self.logits_fn(
+            self._as_asked(x), num_samples, **options
+        )  # about a copy: networks may work in place
         check_logits(logits, len(x))
         if not self.seen:
             self.seen = True

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from probdefense.logits.adapters import independent
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, LossFn
-from probdefense.validation import check_values
+from probdefense.validation import check_values, watching
 
 
 def ask(logits_fn: LogitsFn, x: Inputs, num_samples: int | None = None) -> Logits:
@@ -128,14 +128,18 @@ def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) 
     if gradient is None:
         raise _detached(where)
     # One sum sees every NaN and infinity; which examples they are in is asked only then.
-    if not bool(torch.isfinite(gradient.sum())):
-        bad = (~torch.isfinite(gradient.flatten(1)).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise FloatingPointError(
-                f"expected finite numbers, got NaN or infinite gradient in {where} for examples {bad[:10]}; "
-                "check the network for operations such as sqrt or log at 0"
-            )
+    if not watching.immediate(gradient) or not bool(torch.isfinite(gradient.sum())):
+        fine = torch.isfinite(gradient.flatten(1)).all(1)
+        watching.require(fine.all(), lambda: _not_finite(fine, where))
     return gradient
+
+
+def _not_finite(fine: Tensor, where: str) -> FloatingPointError:
+    bad = (~fine).nonzero().flatten().tolist()
+    return FloatingPointError(
+        f"expected finite numbers, got NaN or infinite gradient in {where} for examples {bad[:10]}; "
+        "check the network for operations such as sqrt or log at 0"
+    )
 
 
 def _detached(where: str) -> ValueError:

@@ -8,7 +8,7 @@ from torch import Tensor
 from probdefense.attacks.tools.gradient import ask, climb
 from probdefense.logits.losses import expected_cross_entropy
 from probdefense.logits.rules import margins, mean_prob, scale_free, spread
-from probdefense.ops import lp_norm
+from probdefense.ops import lp_norm, per_example
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, LossFn, Norm, Rule
 
 SELECTION_DRAWS = 32
@@ -144,7 +144,8 @@ class Best:
         rows = torch.arange(len(self.x), device=self.x.device) if rows is None else rows
         margin = margin.to(self.margin.dtype)
         better = margin < self.margin[rows]
-        self.x[rows[better]], self.margin[rows[better]] = points[better], margin[better]
+        self.x[rows] = torch.where(per_example(better, points), points, self.x[rows])
+        self.margin[rows] = torch.where(better, margin, self.margin[rows])
 
 
 class Closest:
@@ -160,4 +161,5 @@ class Closest:
         rows = self.rows if rows is None else rows
         distance = lp_norm(points - self.start[rows], self.norm)
         better = wrong & (distance < self.distance[rows])
-        self.x[rows[better]], self.distance[rows[better]] = points[better], distance[better]
+        self.x[rows] = torch.where(per_example(better, points), points, self.x[rows])
+        self.distance[rows] = torch.where(better, distance, self.distance[rows])

@@ -1,0 +1,1 @@
+"""What the library costs, beside the least that could be written: ``python -m benchmarks``."""

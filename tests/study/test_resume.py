@@ -1,6 +1,7 @@
 """Jobs that end early: what is finished stays, a rerun goes on, and the bytes are those of one run."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import probdefense as pd
-from probdefense.study import job, store, workshop
+from probdefense.study import job, opponents, store, workshop
 from tests.study.test_job import little, little_request, small, study_request  # noqa: F401
 
 
@@ -163,3 +164,31 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
     assert process.returncode == 0, err
     for name in ("report.json", "arrays.npz", "study.toml"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_together_and_evaluates_to_the_bytes_of_one_process(tmp_path):
+    script, out = tmp_path / "command.py", tmp_path / "out"
+    script.write_text(SETUP)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    options = ["compare", "--defenses", "none,rse", "--attacks", "pgd", "--num-samples", "4", "--quick"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *options, "--out", str(out)], capture_output=True, text=True, timeout=400, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 8 and done.stderr.count("[1/2] none") == 1
+    shared = pd.Report.load(out).only("rse")
+    loaded = pd.load(out / "defenses" / "rse" / store.DEFENSE, net=pd.models.small_cnn())
+    x, y = (part[:40] for part in pd.data.digits().test.tensors)
+    attacks = {name: opponents.own_attack(name, {}, loaded, 16, math.inf) for name in ("pgd", "suite")}
+    alone = pd.evaluate(loaded, (x, y), attacks, eps=0.2, num_samples=4, name="rse")
+    assert alone.rows == shared.rows

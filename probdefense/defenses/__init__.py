@@ -8,11 +8,12 @@ from probdefense.defenses.ensemble import ensemble
 from probdefense.defenses.from_samples import from_samples
 from probdefense.defenses.gaussian import gaussian as gaussian
 from probdefense.defenses.jump_relu import jump_relu, quantiles, surrogates, tune_kappa
+from probdefense.defenses.laplace import laplace
 from probdefense.defenses.mc_dropout import mc_dropout
 from probdefense.defenses.particles import particles
 from probdefense.defenses.pni import pni
-from probdefense.defenses.random_transforms import random_transforms
 from probdefense.defenses.random_filters import random_filters
+from probdefense.defenses.random_transforms import random_transforms
 from probdefense.defenses.rse import rse
 from probdefense.defenses.wca import wca
 
@@ -24,12 +25,13 @@ __all__ = [
     "ensemble",
     "from_samples",
     "jump_relu",
+    "laplace",
     "mc_dropout",
     "particles",
     "pni",
     "quantiles",
-    "random_transforms",
     "random_filters",
+    "random_transforms",
     "rse",
     "signal_to_noise",
     "surrogates",

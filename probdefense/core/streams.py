@@ -206,19 +206,25 @@ class Cached:
     def weights(self, draws: range) -> Draws:
         """Those of all draws are kept if they are small."""
         size = sum(site.size for site in self.stream.model.global_sites)
-        return self._through("weights", size, draws, self.stream.weights)
+        return self._through("weights", size, draws, self.stream.weights, CACHE_BYTES)
 
     def noise(self, x: Inputs, draws: range, rows: range) -> Draws:
-        """Shared noise of all draws is kept if it is small, by event shape."""
-        if not self.shared:
-            return self.stream.noise(x, draws, rows)
+        """That of all draws is kept if it is small, by event shape and rows."""
         size = sum(use.shape.numel() for use in self.stream.model.uses(x))
-        return self._through(tuple(x.shape[1:]), size, draws, lambda all_: self.stream.noise(x, all_, rows))
+        place = () if self.shared else (rows.start, rows.stop)
+        size *= 1 if self.shared else len(rows)
+        key, limit = (*place, *x.shape[1:]), CACHE_BYTES if self.shared else CACHE_BYTES // 4
+        return self._through(key, size, draws, lambda every: self.stream.noise(x, every, rows), limit)
 
     def _through(
-        self, key: tuple[int, ...] | str, size: int, draws: range, make: Callable[[range], Draws]
+        self,
+        key: tuple[int, ...] | str,
+        size: int,
+        draws: range,
+        make: Callable[[range], Draws],
+        limit: int,
     ) -> Draws:
-        if 4 * size * self.stream.num_samples > CACHE_BYTES:
+        if 4 * size * self.stream.num_samples > limit:
             return make(draws)
         if key not in self.kept:
             self.kept[key] = make(range(self.stream.num_samples))

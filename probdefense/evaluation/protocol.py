@@ -152,7 +152,7 @@ def evaluate(
         about = about or _about(chunk)
         labels.append(chunk.y.cpu().numpy())
         if book.takes(chunk):
-            _see_chunk(book, judge, chunk, runs, threat, draw_chunk)
+            _see_chunk(book, judge._replace(kept={}), chunk, runs, threat, draw_chunk)
     report = Report([], asked | about)
     report.arrays.put(np.concatenate(labels), "labels", name)
     report.arrays.put(first + np.arange(len(report.arrays.at("labels", name))), "ids", name)

@@ -42,13 +42,14 @@ class Seen(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """Gives verdicts on points of some examples, all by the same draws."""
+    """Gives verdicts on points of some examples, all by the same draws, which stay in `kept`."""
 
     logits_fn: LogitsFn
     rules: tuple[Rule, ...]
     num_samples: int
     seed: int
     selects: bool
+    kept: dict[int, LogitsFn] | None = None
 
     def see(self, points: Inputs, y: Labels, first: int) -> Seen:
         """The verdicts of every rule; `first` is the number of the first example.
@@ -60,14 +61,14 @@ class Judge(NamedTuple):
 
     def _see(self, points: Inputs, y: Labels, first: int) -> Seen:
         verdict, selection = derive(self.seed, "verdict"), derive(self.seed, "selection")
-        groups = draw_groups(self.logits_fn, points, self.num_samples, verdict, first)
+        groups = draw_groups(self.logits_fn, points, self.num_samples, verdict, first, self.kept)
         check_classes(y, groups[0].shape[-1])
         correct = {
             rule_name(rule): torch.cat([verdicts(rule, group, y) for group in groups]) for rule in self.rules
         }
         logits, left = torch.cat(groups), {}
         if self.selects:
-            drawn = draw_groups(self.logits_fn, points, SELECTION_SAMPLES, selection, first)
+            drawn = draw_groups(self.logits_fn, points, SELECTION_SAMPLES, selection, first, self.kept)
             for rule in self.rules:
                 left[rule_name(rule)] = torch.cat([margins(rule, group, y) for group in drawn]).mean(0)
         expected = entropy(logits.log_softmax(-1)).mean(0)

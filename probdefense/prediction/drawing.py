@@ -27,7 +27,14 @@ REPLAYS = 3
 """How often a defense that adapts goes through the inputs."""
 
 
-def draw_groups(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int, first: int = 0) -> list[Logits]:
+def draw_groups(
+    logits_fn: LogitsFn,
+    x: Inputs,
+    num_samples: int,
+    seed: int,
+    first: int = 0,
+    kept: dict[int, LogitsFn] | None = None,
+) -> list[Logits]:
     """Logits in groups that are judged apart: one of all draws, or one per replay of an adaptive defense.
 
     Args:
@@ -36,16 +43,24 @@ def draw_groups(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int, fir
         num_samples: Draws, per replay for an adaptive defense that takes the number.
         seed: Of the draws.
         first: The number of the first example: noise belongs to the numbers, weights to the seed.
+        kept: Where the drawn functions of these examples stay, for other points of theirs.
 
     Returns:
         Groups ``(samples, batch, classes)``, detached.
     """
     if is_adaptive(logits_fn):
         return [_checked(logits, x) for logits in _replayed(logits_fn, x, num_samples, seed)]
-    return [draw_keyed(logits_fn, x, num_samples, seed, first)]
+    return [draw_keyed(logits_fn, x, num_samples, seed, first, kept)]
 
 
-def draw_keyed(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int, first: int = 0) -> Logits:
+def draw_keyed(
+    logits_fn: LogitsFn,
+    x: Inputs,
+    num_samples: int,
+    seed: int,
+    first: int = 0,
+    kept: dict[int, LogitsFn] | None = None,
+) -> Logits:
     """Logits of draws that depend on (seed, example) alone, ``(samples, batch, classes)``."""
     with torch.no_grad():
         if not logits_fn.stochastic:
@@ -54,8 +69,11 @@ def draw_keyed(logits_fn: LogitsFn, x: Inputs, num_samples: int, seed: int, firs
         for start in range(0, num_samples, BLOCK):
             count, key = min(BLOCK, num_samples - start), derive(seed, start)
             if hasattr(logits_fn, "keyed"):
-                ids = first + torch.arange(len(x), device=x.device)
-                blocks.append(logits_fn.keyed(key, ids, count)(x))
+                drawn = {} if kept is None else kept
+                if key not in drawn:
+                    ids = first + torch.arange(len(x), device=x.device)
+                    drawn[key] = logits_fn.keyed(key, ids, count)
+                blocks.append(drawn[key](x))
             elif can_freeze(logits_fn):
                 with forked(key, x.device):
                     frozen = logits_fn.freeze(count)

@@ -61,12 +61,15 @@ class Rows(NamedTuple):
     def _file_worst(self, radius: float, candidates: list[tuple[Place, Record]], num_samples: int) -> None:
         """For each example the verdict under the attack that leaves it the smallest margin, by rule."""
         records = [record for _, record in candidates]
+        queries, gradients = (
+            sum(getattr(r.spent, name) for r in records) for name in ("queries", "gradients")
+        )
         for rule in records[0].rules:
             chosen = np.stack([record.arrays[f"margins/{rule}"] for record in records]).argmin(0)
             correct = np.stack([record.arrays[f"correct/{rule}"] for record in records])
             worst = np.take_along_axis(correct, chosen[None, None, :], axis=0)[0]
             self.report.arrays.put(worst, "correct", self.defense, "worst", radius, rule)
-            self._add_row("worst", radius, rule, num_samples, Spent())
+            self._add_row("worst", radius, rule, num_samples, Spent(None, queries, gradients))
 
     def _file(self, attack: str, radius: float, record: Record) -> None:
         self._keep(attack, radius, record)

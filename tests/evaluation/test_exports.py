@@ -1,5 +1,7 @@
 """What a report turns into holds the numbers of its rows."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +109,18 @@ def test_the_texts_say_what_matters():
         "History of 2 epochs: loss 2 to 1 nats, accuracy 0.25 to 0.5, 3 seconds\nepoch  loss  accuracy  seconds"
     )
     assert repr(pd.History()) == "History of no epoch"
+
+
+def test_the_worst_case_cost_the_sum_of_its_attacks():
+    attacks = {"fgsm": pd.attacks.fgsm, "pgd": pd.with_draws(partial(pd.attacks.pgd, num_steps=3), 2)}
+    found = pd.evaluate(defended("rse"), tiny_batch(6), attacks, eps=0.1, num_samples=4, seed=0)
+    rows = {row["attack"]: row for row in found.rows if row["rule"] == "mean_prob"}
+    for name in ("gradients", "queries"):
+        assert rows["worst"][name] == rows["fgsm"][name] + rows["pgd"][name] > 0
+    assert rows["worst"]["attack_samples"] is None
+
+
+def test_tables_name_what_the_intervals_are_about():
+    head, _, first = report().table().splitlines()[:3]
+    assert "estimand" in head and "population" in first
+    assert "| population |" in report().to_markdown()

@@ -5,7 +5,6 @@ Networks](https://arxiv.org/abs/2010.08852), on the features before the last lay
 standard normal and the layer mixes it, so draws, freezing and the KL are those of any other noise.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -87,8 +86,18 @@ class CorrelatedNoise(Noise):
 
     @property
     def scale(self) -> Tensor:
-        """The standard deviations along the principal axes; certificates count on the smallest."""
-        return torch.linalg.svdvals(self.mixing)
+        """The standard deviation of every channel, for a latent of variance 1, ``(channels,)``."""
+        return self.mixing.square().sum(1).sqrt()
+
+    @property
+    def log_volume(self) -> Tensor:
+        r"""$\tfrac12 \log \det L L^\top$, from the diagonal or from a matrix of $r$ rows."""
+        diagonal = super().scale
+        if self.rank is None:
+            return diagonal.log().sum()
+        relative = self.factor / diagonal.unsqueeze(1)
+        inner = torch.eye(self.rank, dtype=relative.dtype, device=relative.device) + relative.T @ relative
+        return diagonal.log().sum() + torch.linalg.slogdet(inner).logabsdet / 2
 
     def forward(self, x: Inputs) -> Tensor:
         """``(batch, *event) -> (batch, *event)``."""
@@ -108,5 +117,5 @@ class CorrelatedNoise(Noise):
 
     def extra_repr(self) -> str:
         kind = "full" if self.rank is None else f"rank {self.rank} plus diagonal"
-        spread = math.sqrt(float(self.covariance.detach().diagonal().mean()))
-        return f"std={spread * float(self.eps.family.stddev):.4g} (mean), covariance={kind}"
+        spread = float(self.scale.detach().mean()) * float(self.eps.family.stddev)
+        return f"std={spread:.4g} (mean), covariance={kind}"

@@ -63,7 +63,12 @@ def entropy(defense: Any, x: Inputs | None = None) -> Tensor:
         >>> round(entropy(defense).item(), 4)
         1.4189
     """
-    found = [scale.abs().log().add(unit).sum() for scale, unit in _scales(defense)]
+    found = [
+        layer.log_volume + scale.numel() * unit
+        if isinstance(layer, CorrelatedNoise)
+        else scale.abs().log().add(unit).sum()
+        for layer, scale, unit in _scales(defense)
+    ]
     found += [scale.log().add(unit).flatten(1).sum(1).mean() for scale, unit in _conditional(defense, x)]
     return _total(found, "noise with a trained scale")
 
@@ -91,7 +96,7 @@ def root_scale(defense: Any, x: Inputs | None = None) -> Tensor:
         >>> round(root_scale(defense).item(), 4)
         0.5
     """
-    found = [scale.abs().sqrt().sum() for scale, _ in _scales(defense)]
+    found = [scale.abs().sqrt().sum() for _, scale, _ in _scales(defense)]
     found += [scale.sqrt().flatten(1).sum(1).mean() for scale, _ in _conditional(defense, x)]
     return _total(found, "noise with a trained scale")
 
@@ -221,8 +226,8 @@ class _Counted:
         self.steps = state["steps"]
 
 
-def _scales(defense: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trained scales, those of layers times those of posteriors, with the entropy of the latent."""
+def _scales(defense: Any) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    """Layers, their trained scales times those of posteriors, and the entropy of the latent."""
     posteriors = {
         site.path.rpartition(".")[0]: site.posterior()
         for site in defense.sites.values()
@@ -235,7 +240,7 @@ def _scales(defense: Any) -> Iterator[tuple[Tensor, Tensor]]:
         if path in posteriors and scale is not None:
             scale = scale * posteriors[path].scale
         if scale is not None and scale.requires_grad:
-            yield scale, _unit(layer)
+            yield layer, scale, _unit(layer)
 
 
 def _conditional(defense: Any, x: Inputs | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -73,6 +73,14 @@ def test_the_covariance_of_samples_is_that_of_the_factor(rank, axis, shape):
         assert bool((across.abs() < tolerance).all()), "positions are independent"
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_scale_and_volume_are_those_of_the_covariance(rank):
+    layer = stirred(CorrelatedNoise(0.5, 3, axis=-1, rank=rank))
+    covariance = layer.covariance.double()
+    torch.testing.assert_close(layer.scale.double(), covariance.diagonal().sqrt())
+    torch.testing.assert_close(layer.log_volume.double(), covariance.logdet() / 2, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("covariance", ["full", "low_rank"])
 def test_it_starts_as_independent_noise_and_needs_no_example(covariance):
     defense = pd.defenses.rse(

@@ -69,7 +69,9 @@ def entropy(defense: Any, x: Inputs | None = None) -> Tensor:
         else scale.abs().log().add(unit).sum()
         for layer, scale, unit in _scales(defense)
     ]
-    found += [scale.log().add(unit).flatten(1).sum(1).mean() for scale, unit in _conditional(defense, x)]
+    found += [
+        scale.log().add(_unit(layer)).flatten(1).sum(1).mean() for layer, scale in _conditional(defense, x)
+    ]
     return _total(found, "noise with a trained scale")
 
 
@@ -97,7 +99,7 @@ def root_scale(defense: Any, x: Inputs | None = None) -> Tensor:
         0.5
     """
     found = [scale.abs().sqrt().sum() for _, scale, _ in _scales(defense)]
-    found += [scale.sqrt().flatten(1).sum(1).mean() for scale, _ in _conditional(defense, x)]
+    found += [scale.sqrt().flatten(1).sum(1).mean() for _, scale in _conditional(defense, x)]
     return _total(found, "noise with a trained scale")
 
 
@@ -129,12 +131,11 @@ def alignment(defense: Any, x: Inputs | None = None) -> Tensor:
         >>> round(alignment(pd.defenses.wca(net)).item(), 4)  # noise of scale .1, weights of 20
         2.7726
     """
-    weights, seen, found = _weights(defense), dict(_inputs(defense, x)), []
+    weights, seen, found = _weights(defense), dict(_conditional(defense, x)), []
     for path, host in defense.net.named_modules():
         for layer in host.children() if isinstance(host, nn.Linear) else ():
             if isinstance(layer, ConditionalNoise):
-                scale = layer.moments(seen[layer])[1]
-                reached = (weights[path] * scale.unsqueeze(-2)).square().sum(-1)
+                reached = (weights[path] * seen[layer].unsqueeze(-2)).square().sum(-1)
                 found.append(reached.log().sum(-1).mean())
             elif isinstance(layer, CorrelatedNoise):
                 found.append((weights[path] @ layer.mixing).square().sum(-1).log().sum())
@@ -243,14 +244,8 @@ def _scales(defense: Any) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
             yield layer, scale, _unit(layer)
 
 
-def _conditional(defense: Any, x: Inputs | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales that depend on the input, ``(batch, *event)``."""
-    for layer, seen in _inputs(defense, x):
-        yield layer.moments(seen)[1], _unit(layer)
-
-
-def _inputs(defense: Any, x: Inputs | None) -> list[tuple[ConditionalNoise, Tensor]]:
-    """What every layer whose noise depends on its input receives, at one draw."""
+def _conditional(defense: Any, x: Inputs | None) -> list[tuple[ConditionalNoise, Tensor]]:
+    """Layers whose noise depends on the input, with its scale ``(batch, *event)``, at one draw."""
     layers = [layer for layer in defense.net.modules() if isinstance(layer, ConditionalNoise)]
     if not layers:
         return []
@@ -270,7 +265,7 @@ def _inputs(defense: Any, x: Inputs | None) -> list[tuple[ConditionalNoise, Tens
 def _note(
     seen: list[tuple[ConditionalNoise, Tensor]], layer: ConditionalNoise, args: tuple[Any, ...]
 ) -> None:
-    seen.append((layer, args[0]))
+    seen.append((layer, layer.moments(args[0])[1]))
 
 
 def _weights(defense: Any) -> dict[str, Tensor]:

@@ -57,6 +57,8 @@ def test_the_entropy_of_conditional_noise_is_the_mean_over_the_batch():
     scale = defense.net.noise.moments(x)[1]
     torch.testing.assert_close(entropy(defense, x), (scale.log() + UNIT).sum(1).mean())
     assert not torch.equal(scale[0], scale[1])
+    random = pd.defenses.bayesian(defense, where=lambda *_: True, init_scale=1e-6, num_data=9)
+    torch.testing.assert_close(entropy(random, x), entropy(defense, x), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="depends on its input"):
         entropy(defense)
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import probdefense
-from probdefense.analysis.fits import Fit, Named, chains_of, constants, in_chains, random, read_fit
+from probdefense.analysis.chains import chains_of, in_chains
+from probdefense.analysis.fits import Fit, Named, constants, random, read_fit
 from probdefense.analysis.pictures import groups_of
 from probdefense.core.defense import Defense
 from probdefense.evaluation.report import Report, check_report

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probdefense.analysis.chains import lengths
 from probdefense.core.defense import Defense
 from probdefense.core.programs import Model, data_plate, sample_sites, vector
 from probdefense.core.replayed import FrozenReplay, Replayed
 from probdefense.core.sites import (
     MemberSite,
     NoiseSite,
-    SampleSite,
     ScaleSite,
-    Site,
     WeightSite,
     layer_name,
     unused,
@@ -105,29 +104,6 @@ def noise_scales(defense: Defense) -> dict[str, Tensor]:
     return scales
 
 
-def chains_of(defense: Defense) -> int:
-    """Of how many chains the samples of a defense are; 0 if it is not made of samples."""
-    tables = [site.table for site in defense.sites.values() if isinstance(site, SampleSite)]
-    return max((table.chains for table in tables if table is not None), default=0)
-
-
-def in_chains(defense: Defense) -> list[Defense]:
-    """A defense of samples as one per chain, which gives them in their order; any other as it is."""
-
-    def of(site: Site, number: int) -> Site:
-        return site.chain(number) if isinstance(site, SampleSite) else site
-
-    count = chains_of(defense)
-    chains = [[of(site, number) for site in defense.sites.values()] for number in range(count)]
-    return [Defense.from_sites(defense.net, sites, defense.num_data) for sites in chains] or [defense]
-
-
-def _lengths(defense: Defense) -> list[int]:
-    """How many samples each chain has, where there are several chains: their draws are not repeated."""
-    sites = [site for site in defense.sites.values() if isinstance(site, SampleSite)]
-    return [len(site.order) for site in sites if len(site.order) < site.count]
-
-
 def read_fit(
     defense: Defense,
     x: Inputs,
@@ -138,7 +114,7 @@ def read_fit(
 ) -> Fit:
     """Draws a defense `num_samples` times, and evaluates those draws on clean and attacked inputs."""
     with torch.no_grad(), forked(derive(seed), x.device):
-        frozen = defense.freeze(min([num_samples, *_lengths(defense)]))
+        frozen = defense.freeze(min([num_samples, *lengths(defense)]))
         sites, local = drawn_sites(frozen, x)
         draws = _named(defense, sites)
         log_probs = _log_probs(frozen, x)
@@ -267,6 +243,8 @@ def _named(defense: Defense, sites: dict[str, Tensor]) -> dict[str, Tensor]:
             for i, value in enumerate(sites[site.name])
         ]
         draws |= {names[0]: torch.stack([f[names[0]] for f in filled]).cpu() for names in site.names}
+    for site in weights:
+        draws |= {name: draws[name][:, rows] for name, rows in site.random_rows(defense.net).items()}
     return draws
 
 

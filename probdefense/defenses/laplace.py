@@ -7,7 +7,7 @@ $$ q(\theta) = N\big(\theta^*,\; (H + \sigma_0^{-2} I)^{-1}\big) $$
 
 The library computes it; here it becomes random weights like any other. Its own predictive linearizes the
 network in the weights; here the draws go through the network itself, as an attack needs it, where a wide
-posterior over all weights may do much worse. The paper leaves the prior scale open and tunes it by the marginal
+posterior over all weights may do worse. The paper leaves the prior scale open and tunes it by the marginal
 likelihood; here it is given.
 """
 

@@ -99,3 +99,9 @@ def test_random_means_get_noise_too():
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         random_filters(tiny_net(), **options)
+
+
+def test_arviz_holds_the_random_filters_alone():
+    tree = pd.to_arviz(random_filters(tiny_net(), 0.5), tiny_batch(4), num_samples=5, weights=True)
+    assert tree["posterior"]["4.weight"].shape == (1, 5, 2, 3, 3, 3)
+    assert float(tree["posterior"]["4.weight"].std("draw").min()) > 0

@@ -31,6 +31,14 @@ class WeightNoiseSite(WeightSite):
             filled |= dict.fromkeys(names, noisy)
         return filled
 
+    def random_rows(self, net: nn.Module) -> dict[str, list[int]]:
+        found = {}
+        for names in self.names:
+            layer = net.get_submodule(join(names[0].rpartition(".")[0], self.layer))
+            if hasattr(layer, "channels") and _tensor(net, names[0]) is not None:
+                found[names[0]] = list(layer.channels)
+        return found
+
 
 def _tensor(net: nn.Module, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")

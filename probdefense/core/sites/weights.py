@@ -54,6 +54,10 @@ class WeightSite(Site):
             for names, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
 
+    def random_rows(self, net: nn.Module) -> dict[str, list[int]]:
+        """Of parameters that are random in part alone, the rows that are."""
+        return {}
+
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of every element under the posterior, ``(D,)`` each."""
         q = filled(self.distribution("posterior"), (self.size,))

@@ -23,6 +23,7 @@ from probdefense.core.sites import MemberSite, Site
 from probdefense.core.streams import CACHE_BYTES, Cached, Fresh, Keys, Posteriors, Stream
 from probdefense.nn.passes import held_still, modules_of
 from probdefense.ops import log_mean_exp
+from probdefense.rng import forked
 from probdefense.types import Draws, Inputs, Labels, Step
 from probdefense.validation import check_classes
 
@@ -141,7 +142,7 @@ class Vectorized:
                 kept[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with forked(0, image.device), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self._pass(stream, range(1), range(1), weights, None, image)
         return Sizes(max(1, sum(kept.values())), max(image.nbytes, *kept.values(), 1))
 

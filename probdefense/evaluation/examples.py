@@ -13,17 +13,26 @@ from probdefense.validation import check_count
 
 
 class Chunk(NamedTuple):
-    """Some examples ``(batch, *event)`` with their labels ``(batch,)``, and the number of the first one."""
+    """Some examples ``(batch, *event)`` with their labels ``(batch,)``, and the number of the first one.
+
+    Of a part of a chunk `rows` says which of its examples are left.
+    """
 
     number: int
     first: int
     x: Inputs
     y: Labels
+    rows: Tensor | None = None
 
     @property
     def ids(self) -> Tensor:
         """The numbers of the examples in the whole set, ``(batch,)``."""
-        return self.first + torch.arange(len(self.x), device=self.x.device)
+        rows = torch.arange(len(self.x), device=self.x.device) if self.rows is None else self.rows
+        return self.first + rows
+
+    def take(self, rows: Tensor) -> "Chunk":
+        """A part of the chunk."""
+        return self._replace(x=self.x[rows], y=self.y[rows], rows=rows)
 
     def on(self, device: torch.device | None) -> "Chunk":
         """The chunk on a device; where it is without one."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probdefense.evaluation import standing
 from probdefense.evaluation.arrays import radii_of
 from probdefense.evaluation.examples import Chunk, chunks, gather, num_chunks
 from probdefense.evaluation.intervals import ESTIMANDS
@@ -24,6 +25,7 @@ from probdefense.evaluation.queries import by_queries
 from probdefense.evaluation.records import Record
 from probdefense.evaluation.report import Report
 from probdefense.evaluation.rows import Rows
+from probdefense.evaluation.standing import check_exact
 from probdefense.evaluation.verdicts import Judge, rule_name
 from probdefense.logits.adapters import as_logits_fn
 from probdefense.logits.rules import mean_prob, single_draw
@@ -64,6 +66,7 @@ def evaluate(
     journal: str | os.PathLike[str] | None = None,
     first: int = 0,
     fabric: Any = None,
+    until_broken: bool = False,
 ) -> Report:
     """Accuracy of a defense on clean inputs and under every attack, by every rule.
 
@@ -98,6 +101,9 @@ def evaluate(
         fabric: A `lightning_fabric.Fabric` after ``launch()``, for many processes with the defense on their
             device: process r takes the chunks whose number is r modulo their count, and every one returns
             the same report, that of one process byte for byte.
+        until_broken: Whether an example that is wrong already, without an attack or under one at the radius
+            or a smaller one, is left out by later attacks: for defenses without randomness. The worst case
+            stays exact; the row of an attack counts what was broken before as wrong and is ``conditional``.
         estimand: What the intervals are about: ``"population"`` or ``"test set"``, see
             `intervals.accuracy_interval`.
 
@@ -106,7 +112,7 @@ def evaluate(
 
     Raises:
         ValueError: bad data or settings, an attack that fixes another norm or a larger radius, or one that
-            left the ball or the box.
+            left the ball or the box, or `until_broken` of a defense that is random or adapts.
         TypeError: an attack that cannot be called, or radii that are no numbers.
 
     References:
@@ -142,6 +148,9 @@ def evaluate(
         "seed": seed,
         "confidence": 0.95,
     }
+    check_kind("until_broken", until_broken, bool, "give True or False")
+    check_exact(until_broken, logits_fn, is_adaptive(logits_fn))
+    asked |= {"until_broken": True} if until_broken else {}
     asked |= {"estimand": estimand, "chunk_size": chunk_size, "draw_chunk": draw_chunk}
     named = {**asked, "rules": [rule_name(rule) for rule in rules]}
     book = Book.opened(journal, Processes(fabric), named, logits_fn, attacks)
@@ -152,7 +161,8 @@ def evaluate(
         about = about or _about(chunk)
         labels.append(chunk.y.cpu().numpy())
         if book.takes(chunk):
-            _see_chunk(book, judge._replace(kept={}), chunk, runs, threat, draw_chunk)
+            see = _see_standing if until_broken else _see_chunk
+            see(book, judge._replace(kept={}), chunk, runs, threat, draw_chunk)
     report = Report([], asked | about)
     report.arrays.put(np.concatenate(labels), "labels", name)
     report.arrays.put(first + np.arange(len(report.arrays.at("labels", name))), "ids", name)
@@ -161,6 +171,8 @@ def evaluate(
         row | {"max_queries": budgets[row["attack"]]} if row["attack"] in budgets else row
         for row in report.rows
     ]
+    for row in report.rows if until_broken else ():
+        row |= {"conditional": True} if row["attack"] not in ("clean", "worst") else {}
     return report
 
 
@@ -178,6 +190,17 @@ def _see_chunk(
             found = attacked(judge.logits_fn, chunk, run, threat, seed=judge.seed, draw_chunk=draw_chunk)
             seen = judge.see(found.points, chunk.y, chunk.first)
             record = Record.of(seen, found.spent, found.distance if run.eps == math.inf else None)
+        book.write(place, chunk, record)
+
+
+def _see_standing(
+    book: Book, judge: Judge, chunk: Chunk, runs: list[Run], threat: Threat, draw_chunk: int | None
+) -> None:
+    """Writes the records of one chunk, of which every run needs those before it."""
+    places = [("clean", 0.0), *((run.label, run.eps) for run in runs)]
+    if all(book.has(place, chunk) for place in places):
+        return
+    for place, record in standing.records(judge, chunk, runs, threat, draw_chunk):
         book.write(place, chunk, record)
 
 

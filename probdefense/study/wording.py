@@ -1,0 +1,214 @@
+"""What the command says of a result, as lines that fit a width: a short summary, or all of it."""
+
+import re
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+from probdefense.evaluation.exports import told_apart
+from probdefense.evaluation.report import Row
+from probdefense.study.job import Result
+from probdefense.study.opponents import OTHER_NORMS
+from probdefense.study.request import JUDGE
+from probdefense.tables import format_table
+
+HELD = "\N{NO-BREAK SPACE}"
+
+LEVEL = 0.05
+"""Below this adjusted p-value two defenses are told apart."""
+
+
+def lines(result: Result, width: int = 80, verbose: bool = False) -> list[str]:
+    """The accuracies, what they cost, checks and pairs; no line is longer than `width` where words allow.
+
+    Args:
+        result: Of the command.
+        width: Characters of a line.
+        verbose: Whether every pair, note and piece of advice is said, and not only counted.
+    """
+    rows = result.report.rows
+    notes = [_budget(result), _spent(rows), *_certificates(result)]
+    notes += [*_other_norms(rows), *_priors(rows)] if verbose else []
+    checks, pairs = _checks(result, verbose), _pairs(result, verbose)
+    pointer = [] if verbose else ["report.html has every pair and check; --verbose prints them here"]
+    groups = [_accuracies(result, width), notes, checks, pairs, pointer]
+    found: list[str] = []
+    for number, group in enumerate(each for each in groups if each):
+        found += [""] if number else []
+        for line in group:
+            found += [line] if number == 0 else _wrapped(line, width)
+    return found
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line in several, the later ones indented; names and intervals stay whole."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    whole = re.sub(r"\[[^]]*\]", lambda interval: interval[0].replace(" ", HELD), line)
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    found = textwrap.wrap(whole, width, subsequent_indent=indent, **options)
+    return [each.replace(HELD, " ") for each in found]
+
+
+def _accuracies(result: Result, width: int) -> list[str]:
+    """Tables of a line per defense and rule, as many attacks in each as fit; what nobody has is left out."""
+    rows, radius = told_apart(result.report.rows), result.report.settings["eps"]
+    certified = f"certified, L2 {radius:g}"
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        line = cells.setdefault(
+            (row["defense"], row["rule"]), {"defense": row["defense"], "rule": row["rule"]}
+        )
+        line[row["attack"]] = _share(row)
+    for name, certificate in result.certificates.items():
+        y = result.test[1][: len(certificate.label)]
+        first = next(line for (defense, _), line in cells.items() if defense == name)
+        first[certified] = _share(certificate.curve(y, [radius])[0])
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    columns = [*attacks, *([certified] if result.certificates else [])]
+    text = [_title(rows)]
+    while columns:
+        taken = next(
+            n for n in range(len(columns), 0, -1) if n == 1 or _width(cells.values(), columns[:n]) <= width
+        )
+        text += ["", *_table(cells.values(), columns[:taken]).splitlines()]
+        columns = columns[taken:]
+    return text
+
+
+def _table(cells: Iterable[dict[str, Any]], columns: list[str]) -> str:
+    """Lines with something under these columns."""
+    kept = [line for line in cells if any(name in line for name in columns)]
+    return format_table(kept, ("defense", "rule", *columns))
+
+
+def _width(cells: Iterable[dict[str, Any]], columns: list[str]) -> int:
+    return max(map(len, _table(cells, columns).splitlines()))
+
+
+def _title(rows: list[Row]) -> str:
+    if count := rows[0].get("num_seeds"):
+        return f"mean accuracy over {count} seeds in %, its deviation between seeds and its 95 % interval"
+    return "accuracy in % and its 95 % interval"
+
+
+def _share(row: Row) -> str:
+    spread = f" ±{100 * row['seed_spread']:.1f}" if "seed_spread" in row else ""
+    return f"{100 * row['accuracy']:.1f}{spread} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+
+
+def _spent(rows: Iterable[Row]) -> str:
+    """Gradients or queries per image, by attack, and draws per call where they are the same for all."""
+    spent: dict[str, list[tuple[str, float, int]]] = {}
+    for row in rows:
+        if row["attack_samples"] is not None:
+            kind = "gradients" if row["gradients"] else "queries"
+            cost = row[kind] / row["num_examples"]
+            spent.setdefault(row["attack"], []).append((kind, cost, row["attack_samples"]))
+    each = [f"{attack} {_ranges(attack, costs)}" for attack, costs in spent.items()]
+    return f"spent per image: {'; '.join(each)}" if each else "spent: nothing, no attack ran"
+
+
+def _ranges(attack: str, costs: list[tuple[str, float, int]]) -> str:
+    """The range over defenses, for every number of draws per call; the suite chooses its draws itself."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for kind, cost, draws in costs:
+        suffix = "" if attack == JUDGE else f" ({draws} draws per call)"
+        groups.setdefault((kind, suffix), []).append(round(cost))
+    return ", ".join(
+        f"{min(found)} to {max(found)} {kind}{suffix}"
+        if min(found) < max(found)
+        else f"{found[0]} {kind}{suffix}"
+        for (kind, suffix), found in groups.items()
+    )
+
+
+def _budget(result: Result) -> str:
+    asked = result.report.settings
+    return (
+        f"budget: {asked['epochs']} epochs, {asked['gradients']} gradients per image and attack, at most "
+        f"{asked['suite_budget']} evaluations for the suite: a compromise, so that it ends in minutes"
+    )
+
+
+def _other_norms(rows: Iterable[Row]) -> list[str]:
+    names = dict.fromkeys(row["attack"] for row in rows if row["attack"] in OTHER_NORMS)
+    return [
+        f"{name} minimizes the L{OTHER_NORMS[name]} norm; a point counts within the radius" for name in names
+    ]
+
+
+def _priors(rows: Iterable[Row]) -> Iterable[str]:
+    found = [row for row in rows if "prior" in row]
+    return dict.fromkeys(
+        f"{row['defense']}: prior {row['prior']}, KL weight {row['kl_weight']:g}" for row in found
+    )
+
+
+def _certificates(result: Result) -> list[str]:
+    """What certificates are about, in one line where they were made alike."""
+    draws = result.report.settings["num_samples"]
+    about: dict[str, list[str]] = {}
+    for name, found in result.certificates.items():
+        text = f"input noise {found.sigma:g}, alpha {found.alpha:g}, {len(found.label)} images"
+        about.setdefault(text, []).append(name)
+    return [
+        f"certificate, {', '.join(names)}: of the infinite vote, not of {draws} draws; {text}; L2 is another "
+        "ball than the one attacked"
+        for text, names in about.items()
+    ]
+
+
+def _checks(result: Result, verbose: bool) -> list[str]:
+    """One line per defense; what fired and cannot tell, with advice if asked for."""
+    asked = result.report.settings
+    budget = f"{asked['checked']} images, {asked['check_gradients']} gradients per image"
+    said = [f"checks at {budget}: a small budget, checks.run takes more"] if result.checks else []
+    for name, found in result.checks.items():
+        quiet = sum(check.verdict == "ok" for check in found)
+        doubts = [*found.fired, *found.unsure]
+        names = ", ".join(f"{check.name} ({check.verdict})" for check in doubts)
+        counts = f"{quiet} ok, {len(found.fired)} fired"
+        said.append(f"checks, {name}: {counts}{f': {names}' if doubts and not verbose else ''}")
+        said += [f"  {check.name}: {check.verdict}. {check.advice}" for check in doubts if verbose]
+    return said
+
+
+def _pairs(result: Result, verbose: bool) -> list[str]:
+    """Differences under the worst case, in percentage points: to the best defense, or all of them."""
+    if result.comparison is None:
+        return []
+    rows = result.comparison.rows
+    hardest = "worst" if any(row["attack"] == "worst" for row in rows) else rows[-1]["attack"]
+    rows = [row for row in rows if row["attack"] == hardest]
+    title = f"pairs under {hardest}, in points; {result.comparison.scope}"
+    if verbose:
+        return [title, *map(_pair, rows)]
+    counts = dict.fromkeys(row["num_examples"] for row in rows)
+    groups = [[row for row in rows if row["num_examples"] == count] for count in counts]
+    return [title, *(line for group in groups for line in _best(group))]
+
+
+def _pair(row: Row) -> str:
+    return (
+        f"  {row['a']} - {row['b']}: {100 * row['difference']:+.1f} "
+        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}], "
+        f"P({row['a']} is better) = {row['probability']:.3f}, p {_p_value(row['p_holm'])} (Holm)"
+    )
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.2g}"
+
+
+def _best(rows: list[Row]) -> list[str]:
+    """The most robust defense among those that saw the same images, what it beats, and what it does not."""
+    accuracy = {row[side]: row[f"accuracy_{side}"] for row in rows for side in "ab"}
+    best = max(accuracy, key=lambda name: accuracy[name])
+    mine = [row for row in rows if best in (row["a"], row["b"])]
+    told = {True: [], False: []}  # type: dict[bool, list[str]]
+    for row in mine:
+        other, sign = (row["b"], 1) if row["a"] == best else (row["a"], -1)
+        told[row["p_holm"] < LEVEL].append(f"{other} ({100 * sign * row['difference']:+.1f})")
+    above = f"{best} is above {', '.join(told[True])}" if told[True] else f"{best} is highest"
+    close = f"; not told apart from {', '.join(told[False])}" if told[False] else ""
+    return [f"  {above}{close}"]

@@ -1,0 +1,112 @@
+"""What the command prints fits 80 columns, says a number once, and keeps the long lists for those who ask."""
+
+import numpy as np
+import pytest
+import torch
+
+import probdefense as pd
+from probdefense.checks import Check
+from probdefense.checks.results import Checks
+from probdefense.evaluation.report import Report, proportion
+from probdefense.study.job import Result
+from probdefense.study.wording import lines
+
+NAMES = ("none", "adv_bnn", "rse", "madry")
+ATTACKS = {"clean": 0.0, "eot_pgd": 0.2, "fgsm": 0.2, "square": 0.2, "suite": 0.2, "worst": 0.2}
+
+
+def planted(names=NAMES, attacks=tuple(ATTACKS), examples=100):
+    """Two rules; `none` and `madry` are deterministic, so both rules say the same."""
+    rows, arrays = [], {}
+    for d, name in enumerate(names):
+        draws = "none" if name in ("none", "madry") else "independent"
+        arrays[f"labels/{name}"], arrays[f"ids/{name}"] = np.zeros(examples, int), np.arange(examples)
+        for a, attack in enumerate(attacks):
+            for r, rule in enumerate(("mean_prob", "single_draw")):
+                right = 95 - 12 * a + 4 * d - (r if draws != "none" else 0)
+                correct = (np.arange(examples) < right)[None]
+                arrays[f"correct/{name}/{attack}/{ATTACKS[attack]:g}/{rule}"] = correct
+                spent = (None, 0) if attack in ("clean", "worst") else (4, 6400)
+                rows.append(
+                    {"defense": name, "attack": attack, "eps": ATTACKS[attack], "rule": rule}
+                    | proportion(correct)
+                    | {"num_examples": examples, "num_samples": 20, "draws": draws}
+                    | {"attack_samples": spent[0], "queries": spent[1], "gradients": spent[1]}
+                )
+    asked = {"eps": 0.2, "epochs": 3, "gradients": 64, "suite_budget": 1000, "num_samples": 20}
+    settings = {**asked, "norm": "inf", "checked": 50, "check_gradients": 16, "estimand": "population"}
+    return Report(rows, settings, arrays)
+
+
+def result(names=NAMES, certified=True, **options):
+    report = planted(names, **options)
+    doubt = Check("gradient", "defense masks", "attack without gradients " * 8)
+    checks = {name: Checks((Check("logits", "ok", ""), doubt)) for name in names}
+    certificate = pd.Certificate(
+        torch.zeros(8).long(), torch.full((8,), 0.3), torch.ones(8), torch.ones(8).long(), 0.1, 0.001
+    )
+    comparison = pd.compare_all(report, rule="mean_prob") if len(names) > 1 else None
+    test = torch.rand(100, 4), torch.zeros(100).long()
+    certificates = {"rse": certificate} if certified else {}
+    return Result(report, {}, test, comparison, checks, certificates, {})
+
+
+GOLDEN = """\
+accuracy in % and its 95 % interval
+
+defense  rule         clean           eot_pgd        worst
+----------------------------------------------------------
+none     mean_prob    95.0 [89, 98]   83.0 [74, 89]  71.0 [61, 79]
+rse      mean_prob    99.0 [95, 100]  87.0 [79, 92]  75.0 [66, 82]
+rse      single_draw  98.0 [93, 99]   86.0 [78, 91]  74.0 [65, 82]
+
+budget: 3 epochs, 64 gradients per image and attack, at most 1000 evaluations
+  for the suite: a compromise, so that it ends in minutes
+spent per image: eot_pgd 64 gradients (4 draws per call)
+
+checks at 50 images, 16 gradients per image: a small budget, checks.run takes
+  more
+checks, none: 1 ok, 1 fired: gradient (defense masks)
+checks, rse: 1 ok, 1 fired: gradient (defense masks)
+
+pairs under worst, in points; one training seed: about these networks, not these
+  methods (training anew moves robust accuracy by points); give one report per
+  seed
+  rse is highest; not told apart from none (+4.0)
+
+report.html has every pair and check; --verbose prints them here"""
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_is_wider_than_the_terminal(width, verbose):
+    said = lines(result(), width, verbose)
+    assert max(map(len, said)) <= width
+    whole = " ".join(" ".join(said).split())
+    for row in planted().rows:
+        interval = f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+        assert interval in whole
+    assert all(line.count("[") == line.count("]") for line in said)  # no interval is broken
+
+
+def test_the_whole_text_at_eighty_columns():
+    found = lines(result(("none", "rse"), attacks=("clean", "eot_pgd", "worst"), certified=False), 80)
+    assert "\n".join(found) == GOLDEN
+
+
+def test_a_network_without_randomness_has_one_line_and_empty_columns_are_left_out():
+    table = [line.split()[:2] for line in lines(result(certified=False)) if line.startswith(NAMES)]
+    assert table.count(["none", "mean_prob"]) == table.count(["madry", "mean_prob"]) >= 1
+    assert ["none", "single_draw"] not in table and ["rse", "single_draw"] in table
+    assert not any("certified" in line for line in lines(result(certified=False)))
+    assert any("certified, L2 0.2" in line for line in lines(result()))
+
+
+def test_long_lists_are_for_those_who_ask():
+    short, whole = lines(result()), lines(result(), verbose=True)
+    assert "report.html has every pair and check" in short[-1] and "--verbose" in short[-1]
+    assert sum("P(" in line for line in whole) == 6 and not any("P(" in line for line in short)
+    assert any("madry is above none (+12.0); not told apart from adv_bnn (+8.0)" in line for line in short)
+    assert sum("attack without gradients" in line for line in whole) >= 4 * 1
+    assert not any("attack without gradients" in line for line in short)
+    assert sum(bool(line) for line in short) < 32 < len(whole)

@@ -99,8 +99,8 @@ class ScaleMixture(dist.TorchDistribution):
         super().__init__(self.weight.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "ScaleMixture":
-        parts = (part.expand(batch_shape) for part in (self.scale_1, self.scale_2, self.weight))
-        return type(self)(*parts, validate_args=False)
+        one, two, weight = (p.expand(batch_shape) for p in (self.scale_1, self.scale_2, self.weight))
+        return type(self)(one, two, weight, validate_args=False)
 
     @property
     def mean(self) -> Tensor:

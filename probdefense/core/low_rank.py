@@ -81,8 +81,8 @@ def _kl_low_rank(q: Any, p: Any) -> Tensor:
 class LowRank(MeanField):
     r"""A normal vector with trained mean, scales and factor, $\Sigma = D\,(I + V V^\top)\,D$.
 
-    With $D = \mathrm{diag}(d)$ the factor is relative to the scales, $W = D V$: both then take steps of a size
-    that does not depend on the units of the weights.
+    With $D = \mathrm{diag}(d)$ the factor is relative to the scales, $W = D V$: both then take steps of a
+    size that does not depend on the units of the weights.
 
     Args:
         loc: Where the mean starts, ``(D,)``.

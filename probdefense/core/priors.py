@@ -193,8 +193,9 @@ def mixture(scale_1: float = 1.0, scale_2: float = 0.0025, weight: float = 0.5) 
         >>> mixture(1.0, 0.1, 0.5).log_prob(torch.zeros(())).exp()  # (1 + 10) / 2 / sqrt(2 pi)
         tensor(2.1942)
     """
-    numbers = (check_positive("scale_1", scale_1), check_positive("scale_2", scale_2))
-    return ScaleMixture(*map(torch.as_tensor, (*numbers, check_share("weight", weight))))
+    wide, narrow = check_positive("scale_1", scale_1), check_positive("scale_2", scale_2)
+    numbers = torch.tensor([wide, narrow, check_share("weight", weight)])
+    return ScaleMixture(numbers[0], numbers[1], numbers[2])
 
 
 def centered(net: nn.Module, scale: float) -> Centered:

@@ -8,7 +8,7 @@ guide never runs the network: the event shapes of local sites come from one pass
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -183,7 +183,7 @@ def sample_sites(model: Model, x: Inputs, of: str, plate: pyro.plate) -> Draws:
     return values
 
 
-def vector(site: Site, of: str, given: Draws = EMPTY) -> Any:
+def vector(site: Site, of: str, given: Mapping[str, Tensor] = EMPTY) -> Any:
     """The joint distribution of a global site, one event; its prior may depend on `given` values."""
     found = site.distribution(of, given)
     return found if found.event_shape else dist.Independent(found.expand((site.size,)), 1)

@@ -64,8 +64,9 @@ def bayesian(
         ceiling: The largest scale, above `init_scale`; None for none. It bends the scale smoothly
             ($\sigma = a + (b - a)\, \mathrm{sigmoid}(\rho)$), so that it can come back down.
         rank: $k$ of a guide with correlations, $\Sigma = W W^\top + \mathrm{diag}(\sigma^2)$ with $W$ of
-            shape ``(D, k)`` per site, trained relative to $\sigma$; 0 for independent elements. Normal only; floor and ceiling hold for
-            $\sigma$. A step costs $O(Dk^2)$, and the KL to a Normal prior is closed.
+            shape ``(D, k)`` per site, trained relative to $\sigma$; 0 for independent elements. Normal
+            only; floor and ceiling hold for $\sigma$. A step costs $O(Dk^2)$, and the KL to a Normal prior
+            is closed.
         where: ``(name, tensor) -> bool``, which parameters; by default all but those of normalization
             layers and frozen ones (``requires_grad=False``).
         layout: ``"flat"``, one site per pair of families, or ``"per_tensor"``, one site per parameter.

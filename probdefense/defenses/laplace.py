@@ -88,7 +88,8 @@ def laplace(
     names = _names(trained, found, structure)
     rank = len(found.mean) if structure == "last_layer" else 0
     made = gaussian(net, names=names, rank=rank, num_data=num_data)
-    posterior: Any = list(made.guide.posteriors.values())[-1]
+    guide: Any = made.guide
+    posterior = list(guide.posteriors.values())[-1]
     with torch.no_grad():
         if rank:
             scale = torch.full_like(found.mean, TINY)

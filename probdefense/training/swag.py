@@ -53,7 +53,10 @@ class Swag:
         self.start, self.every = check_count("start", start, 0), check_count("every", every)
         self.max_rank = check_count("max_rank", max_rank, 2)
         self.source: Any = None
-        self.load_state_dict({})
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.squares: Tensor | None = None
+        self.deviations: list[Tensor] = []
 
     def begin(self, defense: Any) -> None:
         """Takes the defense whose weights are collected, and forgets what it had."""
@@ -101,10 +104,8 @@ class Swag:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to such a state."""
-        self.count: int = state.get("count", 0)
-        self.mean: Tensor | None = state.get("mean")
-        self.squares: Tensor | None = state.get("squares")
-        self.deviations: list[Tensor] = list(state.get("deviations", ()))
+        self.count, self.mean = state.get("count", 0), state.get("mean")
+        self.squares, self.deviations = state.get("squares"), list(state.get("deviations", ()))
 
     def _weights(self) -> dict[str, Tensor]:
         if self.source is None:

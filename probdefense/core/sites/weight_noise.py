@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -34,7 +35,7 @@ class WeightNoiseSite(WeightSite):
     def random_rows(self, net: nn.Module) -> dict[str, list[int]]:
         found = {}
         for names in self.names:
-            layer = net.get_submodule(join(names[0].rpartition(".")[0], self.layer))
+            layer: Any = net.get_submodule(join(names[0].rpartition(".")[0], self.layer))
             if hasattr(layer, "channels") and _tensor(net, names[0]) is not None:
                 found[names[0]] = list(layer.channels)
         return found

@@ -1,11 +1,13 @@
 """The command before it works: help and version in no time, errors that name their option."""
 
+import io
 import subprocess
 import sys
 
 import pytest
 
 import probdefense
+from probdefense.study import console
 from tests.study.test_cli import run
 
 WATCH = (
@@ -49,3 +51,30 @@ def test_errors_name_their_option(options, named, monkeypatch, capsys, tmp_path)
     assert run(monkeypatch, "compare", *options, "--out", str(tmp_path / "out")) == 2
     printed = capsys.readouterr().err
     assert named in printed and printed.count("\n") == 1
+
+
+class Terminal(io.StringIO):
+    """A screen."""
+
+    def isatty(self):
+        return True
+
+
+def test_one_bar_with_the_time_left_on_a_terminal_else_lines(monkeypatch, capsys):
+    def job():
+        with console.progress(4, True) as (say, step):
+            say("[1/1] none: a plain network")
+            for _ in range(4):
+                step()
+
+    job()
+    assert capsys.readouterr().err == "[1/1] none: a plain network\n"
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    job()
+    assert "[1/1] none" in sys.stderr.getvalue() and "0:00:00" in sys.stderr.getvalue()
+    assert "a plain network" not in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with console.progress(4, False) as (say, _):
+        say("[1/1] none: a plain network")
+    assert sys.stderr.getvalue() == ""

@@ -13,14 +13,15 @@ from torch.utils.data import Subset, TensorDataset
 import probdefense
 from probdefense import data as datasets
 from probdefense.data import Split
+from probdefense.evaluation.examples import gather
 from probdefense.study import plugins
 from probdefense.study.fabric import device_of
-from probdefense.study.nets import check_net, facts_of
+from probdefense.study.nets import Facts, check_net, facts_of
 from probdefense.study.opponents import check_settings, suite_budget
 from probdefense.study.plans import Plan, plan_for
 from probdefense.study.recipes import RECIPES, VALIDATION, Rehearsal, Variant
 from probdefense.types import Norm
-from probdefense.validation import check_count, check_member
+from probdefense.validation import check_count, check_examples, check_member
 
 FULL = {
     "epochs": 46,
@@ -152,6 +153,7 @@ def prepare(request: Request) -> tuple[Request, Split]:
     with naming("--data"):
         split = _limited(datasets.load(request.data, request.data_root), wanted.plan.images)
         facts = facts_of(split.train)
+        _check_split(split, facts, wanted.size["images"])
     with naming("--net"):
         check_net(wanted.plan.net, facts)
     with naming("--study"):
@@ -246,6 +248,19 @@ def _limited(data: Split, images: int | None) -> Split:
     return Split(train, data.test)
 
 
+def _check_split(data: Split, facts: Facts, images: int) -> None:
+    """Refuses test images, and the first of those for training, that do not fit together."""
+    for name, part, count in (("training", data.train, 100), ("test", data.test, images)):
+        if not len(part):
+            raise ValueError(f"expected {name} images, got none; give other data")
+        x, y = check_examples(gather(Subset(part, range(min(count, len(part))))), f"the {name} data")
+        if tuple(x.shape[1:]) != facts.shape or int(y.max()) >= facts.classes:
+            raise ValueError(
+                f"expected {name} images of shape {facts.shape} and labels below {facts.classes}, as in the "
+                f"training set, got {tuple(x.shape[1:])} and {int(y.max())}; look at the data"
+            )
+
+
 def settings(request: Request, num_examples: int) -> dict[str, Any]:
     """What the numbers of a report depend on."""
     asked = {
@@ -280,7 +295,7 @@ def training(request: Request) -> dict[str, Any]:
         "optimizer": "Adam",
         "batch_size": plan.batch_size,
         "weight_average": f"ema {plan.weight_average:g}" if plan.weight_average else "none",
-        "warm_up_epochs": round(plan.warm_up * request.size["epochs"], 2),
+        "warm_up_epochs": round(plan.warm_up * (plan.attacked_epochs or request.size["epochs"]), 2),
         "inner_attack": f"PGD-{plan.inner_steps}, steps of 2.5 eps / {plan.inner_steps}",
         "validation": VALIDATION
         if request.data == "digits"

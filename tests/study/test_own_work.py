@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 class Stripes(Dataset):
     '''Two classes: bright rows above or below; nothing is in memory.'''
+    classes = ["above", "below"]
     def __init__(self, size):
         self.size = size
     def __len__(self):
@@ -28,6 +29,11 @@ class Stripes(Dataset):
         return x, index % 2
 
 stripes = Stripes(96), Stripes(32)
+
+few = Stripes(96), Stripes(0)
+bright = torch.utils.data.TensorDataset(3 * torch.ones(8, 1, 6, 6), torch.arange(8) % 2), stripes[1]
+other = stripes[0], torch.utils.data.TensorDataset(torch.ones(8, 1, 5, 5), torch.arange(8) % 2)
+third = stripes[0], torch.utils.data.TensorDataset(torch.ones(8, 1, 6, 6), torch.arange(8))
 
 def net(num_classes):
     return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(72, num_classes))
@@ -118,6 +124,10 @@ def test_networks_by_name():
         (["--data", "{file}:net", "--eps", "0.1"], "net() of"),
         (["--data", "{file}:stripes"], "expected --eps, the radius"),
         (["--data", "folder:absent", "--eps", "0.1"], "expected a folder of images"),
+        (["--data", "{file}:few", "--eps", "0.1"], "expected test images, got none"),
+        (["--data", "{file}:bright", "--eps", "0.1"], "--data"),
+        (["--data", "{file}:other", "--eps", "0.1"], "expected test images of shape (1, 6, 6)"),
+        (["--data", "{file}:third", "--eps", "0.1"], "labels below 2, as in the"),
         (["--attacks", "{file}:absent"], "expected 'absent' in"),
         (["--attacks", "{file}:stripes"], "--attacks"),
         (["--seeds", "0,x"], "expected whole numbers with commas"),

@@ -2,8 +2,8 @@
 
 A pass of its own for every draw costs a fixed overhead per layer; one pass for many draws falls out of the
 cache as soon as its widest layer does. So many draws are taken at once as keep the widest layer of all
-images, rows times draws, within `LAYER_BYTES`: nothing else in the table below was needed to explain it, not
-whether weights or activations are random, nor whether draws are folded into the batch or mapped over.
+images, rows times draws, within `LAYER_BYTES`, whether they are folded into the batch or mapped over. One
+thing more shows in the table below: mapping over the weights of two or three draws does not pay.
 """
 
 from typing import NamedTuple
@@ -82,6 +82,14 @@ TABLE = (
 """Measured on two shared cores of an x86 server, the numbers of draws taking turns, medians of 2 to 5."""
 
 
-def draws_at_once(batch: int, widest: int) -> int:
-    """How many draws of `batch` rows share a pass of a network whose widest layer takes `widest` bytes."""
-    return max(1, LAYER_BYTES // (max(1, widest) * batch))
+FEWEST = 4
+"""Mapping over the weights of fewer draws than this costs more than a pass for each."""
+
+
+def draws_at_once(batch: int, widest: int, weights: bool = False) -> int:
+    """How many draws of `batch` rows share a pass of a network whose widest layer takes `widest` bytes.
+
+    With `weights` every draw has weights of its own.
+    """
+    count = max(1, LAYER_BYTES // (max(1, widest) * batch))
+    return 1 if weights and count < FEWEST else count

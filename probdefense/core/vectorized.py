@@ -241,7 +241,7 @@ class Vectorized:
         if weights and (backend == "fold" or _has(self.model.net, UNBATCHED)):
             return 1
         if backend == "auto":
-            limit = draws_at_once(len(x), self._sizes(x).widest)
+            limit = draws_at_once(len(x), self._sizes(x).widest, weights > 0)
             limit = limit if max_batch is None else min(limit, max_batch // len(x))
         else:
             limit = (max_batch or ROWS) // len(x)

@@ -25,6 +25,10 @@ TRAINING = {nn.TransformerEncoderLayer.forward}
 """Stay in training mode for the same fast path; what is random in them is in layers of their own."""
 
 
+NEVER_STILL = DROPOUT_OFF | TRAINING
+"""Whose mode must be looked at although they are in ``eval()``."""
+
+
 @contextmanager
 def held_still(net: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block: nothing is random but layers with holes, which keep their mode."""
@@ -37,6 +41,8 @@ def held_still(net: nn.Module) -> Iterator[None]:
             owner.train(False)
         _restore(modes)
         for module in modules:
+            if vars(module).get("training") is False and type(module).forward not in NEVER_STILL:
+                continue  # as nearly all are in evaluation mode
             for name, value in _still(module).items():
                 if (present := getattr(module, name)) != value:
                     before.append((module, name, present))

@@ -86,6 +86,7 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the defenses that are finished in --out.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print every pair, note and advice.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train defenses, attack each, and write a report that can be trusted.

@@ -37,7 +37,7 @@ def run(options: Mapping[str, Any], given: Collection[str]) -> None:
             files.reserve(out, job.ROOM)
     result = _result(request, split, options, fabric)
     if first:
-        _finish(result, request, out, options["as_json"])
+        _finish(result, request, out, options["as_json"], options["verbose"])
 
 
 def _result(request: Request, split: Split, options: Mapping[str, Any], fabric: Any) -> Result:
@@ -59,9 +59,9 @@ def _result(request: Request, split: Split, options: Mapping[str, Any], fabric: 
         )
 
 
-def _finish(result: Result, request: Request, out: Path, as_json: bool) -> None:
+def _finish(result: Result, request: Request, out: Path, as_json: bool, verbose: bool) -> None:
     if not as_json:
-        console.show(result)  # before the files, so that a full disk does not cost the result
+        console.show(result, verbose)  # before the files, so that a full disk does not cost the result
     with _writing(out):
         written = job.write(result, out)
         job.keep_all(result, request, out)

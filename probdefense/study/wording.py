@@ -27,7 +27,7 @@ def lines(result: Result, width: int = 80, verbose: bool = False) -> list[str]:
         verbose: Whether every pair, note and piece of advice is said, and not only counted.
     """
     rows = result.report.rows
-    notes = [_budget(result), _spent(rows), *_certificates(result)]
+    notes = [*_budget(result), _spent(rows), *_certificates(result)]
     notes += [*_other_norms(rows), *_priors(rows)] if verbose else []
     checks, pairs = _checks(result, verbose), _pairs(result, verbose)
     pointer = [] if verbose else ["report.html has every pair and check; --verbose prints them here"]
@@ -122,12 +122,12 @@ def _ranges(attack: str, costs: list[tuple[str, float, int]]) -> str:
     )
 
 
-def _budget(result: Result) -> str:
+def _budget(result: Result) -> list[str]:
     asked = result.report.settings
-    return (
-        f"budget: {asked['epochs']} epochs, {asked['gradients']} gradients per image and attack, at most "
-        f"{asked['suite_budget']} evaluations for the suite: a compromise, so that it ends in minutes"
-    )
+    return [
+        f"budget: {asked['epochs']} epochs, {asked['gradients']} gradients per image and attack,",
+        f"  at most {asked['suite_budget']} evaluations for the suite: so that it ends in minutes",
+    ]
 
 
 def _other_norms(rows: Iterable[Row]) -> list[str]:
@@ -162,7 +162,7 @@ def _checks(result: Result, verbose: bool) -> list[str]:
     """One line per defense; what fired and cannot tell, with advice if asked for."""
     asked = result.report.settings
     budget = f"{asked['checked']} images, {asked['check_gradients']} gradients per image"
-    said = [f"checks at {budget}: a small budget, checks.run takes more"] if result.checks else []
+    said = [f"checks at {budget}, which is little; checks.run takes more"] if result.checks else []
     for name, found in result.checks.items():
         quiet = sum(check.verdict == "ok" for check in found)
         doubts = [*found.fired, *found.unsure]

@@ -60,11 +60,11 @@ none     mean_prob    95.0 [89, 98]   83.0 [74, 89]  71.0 [61, 79]
 rse      mean_prob    99.0 [95, 100]  87.0 [79, 92]  75.0 [66, 82]
 rse      single_draw  98.0 [93, 99]   86.0 [78, 91]  74.0 [65, 82]
 
-budget: 3 epochs, 64 gradients per image and attack, at most 1000 evaluations
-  for the suite: a compromise, so that it ends in minutes
+budget: 3 epochs, 64 gradients per image and attack,
+  at most 1000 evaluations for the suite: so that it ends in minutes
 spent per image: eot_pgd 64 gradients (4 draws per call)
 
-checks at 50 images, 16 gradients per image: a small budget, checks.run takes
+checks at 50 images, 16 gradients per image, which is little; checks.run takes
   more
 checks, none: 1 ok, 1 fired: gradient (defense masks)
 checks, rse: 1 ok, 1 fired: gradient (defense masks)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         compare_all,
         evaluate,
         with_draws,
+        worst_over_norms,
     )
     from probdefense.logits import losses, rules
     from probdefense.logits.adapters import counted
@@ -72,6 +73,7 @@ __all__ = [
     "save",
     "to_arviz",
     "with_draws",
+    "worst_over_norms",
 ]
 
 
@@ -85,7 +87,7 @@ HOMES = {
     **dict.fromkeys(
         ("Certificate", "Comparison", "Report", "calibration", "certify", "compare"), "evaluation"
     ),
-    **dict.fromkeys(("PosteriorCertificate", "certify_posterior"), "evaluation"),
+    **dict.fromkeys(("PosteriorCertificate", "certify_posterior", "worst_over_norms"), "evaluation"),
     **dict.fromkeys(("compare_all", "evaluate", "with_draws"), "evaluation"),
     **dict.fromkeys(("losses", "rules"), "logits"),
     **dict.fromkeys(("Prediction", "predict"), "prediction"),

@@ -3,6 +3,7 @@
 from probdefense.evaluation import calibration
 from probdefense.evaluation.certification import Certificate, certify
 from probdefense.evaluation.comparison import Comparison, compare, compare_all
+from probdefense.evaluation.norms import worst_over_norms
 from probdefense.evaluation.points import with_draws
 from probdefense.evaluation.posterior import PosteriorCertificate, certify_posterior
 from probdefense.evaluation.protocol import evaluate
@@ -20,4 +21,5 @@ __all__ = [
     "compare_all",
     "evaluate",
     "with_draws",
+    "worst_over_norms",
 ]

@@ -32,7 +32,8 @@ class Comparison:
     Attributes:
         rows: One dict per pair of defenses and row of their reports: a, b, attack, eps, rule,
             accuracy_a, accuracy_b, difference (a minus b), low, high (95 %), p (two-sided), p_holm
-            (adjusted over all rows), probability (that a beats b), num_seeds, num_examples.
+            (adjusted over all rows), probability (that a beats b), seed_spread (standard deviation of the
+            difference between training seeds, None for one), estimand, num_seeds, num_examples.
         num_seeds: Training seeds behind it.
     """
 
@@ -54,7 +55,9 @@ class Comparison:
                 "one training seed: about these networks, not these methods (training anew moves robust "
                 "accuracy by points); give one report per seed"
             )
-        return f"{self.num_seeds} training seeds: about these methods, trained anew"
+        scope = f"{self.num_seeds} training seeds: about these methods, trained anew"
+        few = "; two say little about how training varies, so intervals are wide: give three or more"
+        return scope + few if self.num_seeds == 2 else scope
 
     def table(self, columns: Sequence[str] = COLUMNS) -> str:
         """The rows as aligned text, differences in percentage points, under what they are about."""
@@ -67,8 +70,9 @@ def compare(reports_a: Report | Sequence[Report], reports_b: Report | Sequence[R
     The interval is Student's with the variance of a two-way table of seeds and examples and
     Satterthwaite's degrees of freedom, and the probability that A beats B is the posterior one under a
     flat prior, $F_t(\bar d / s)$. This is used rather than a bootstrap over seeds and examples because
-    few seeds do not bootstrap: where seeds matter, 95 % intervals from 2, 3 and 5 seeds cover 82, 89
-    and 92 % by bootstrap and 87, 93 and 95 % this way (``benchmarks/coverage.py``). Two pseudo-examples,
+    few seeds do not bootstrap: where seeds matter, 95 % intervals from 3 and 5 seeds cover 89 and 92 % by
+    bootstrap and 93 and 95 % this way (``benchmarks/coverage.py``). From two seeds it would cover 87 %, so
+    there it is widened, to one degree of freedom where seeds matter most: 93 %. Two pseudo-examples,
     one won by each side, keep the interval from collapsing where no example differs. With one seed the
     draws of the verdict take the place of the seeds.
 
@@ -191,6 +195,8 @@ def _rows(side_a: list[Report], side_b: list[Report]) -> list[Row]:
                 "high": min(1.0, center + half),
                 "p": 2 * min(spread.p_value(center), spread.p_value(-center)),
                 "probability": 1 - spread.p_value(center),
+                "seed_spread": _between(*tables),
+                "estimand": side_a[0].settings.get("estimand", "population"),
                 "num_seeds": len(side_a),
                 "num_examples": tables[0][0].shape[1],
             }
@@ -206,6 +212,12 @@ def _differences(tables_a: list[np.ndarray], tables_b: list[np.ndarray]) -> np.n
     if len(a) != len(b) and 1 not in (len(a), len(b)):
         a, b = a.mean(0, keepdims=True), b.mean(0, keepdims=True)
     return a - b
+
+
+def _between(tables_a: list[np.ndarray], tables_b: list[np.ndarray]) -> float | None:
+    """Standard deviation of the difference in accuracy between training seeds."""
+    means = [float(a.mean() - b.mean()) for a, b in zip(tables_a, tables_b, strict=True)]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else None
 
 
 def _adjusted(rows: list[Row]) -> list[Row]:

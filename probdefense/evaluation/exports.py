@@ -14,7 +14,18 @@ import numpy as np
 from probdefense.evaluation.arrays import Arrays
 from probdefense.tables import html_table, latex_table, markdown_table
 
-COLUMNS = ("defense", "attack", "eps", "rule", "accuracy", "low", "high", "attack_samples", "gradients/image")
+COLUMNS = (
+    "defense",
+    "attack",
+    "eps",
+    "rule",
+    "accuracy",
+    "low",
+    "high",
+    "estimand",
+    "attack_samples",
+    "gradients/image",
+)
 """What tables show; effort stands per image, as in the terminal and on the page."""
 
 PLACE = ("defense", "attack", "eps", "rule")
@@ -40,7 +51,12 @@ class Exports:
     def _repr_html_(self) -> str:
         asked = [f"{name} {value}" for name, value in self.settings.items() if name != "versions"]
         title = f"Report of {', '.join(self.defenses)}"
-        return html_table(per_image(self.rows), COLUMNS, title, notes=[", ".join(asked)])
+        return html_table(self._shown(), COLUMNS, title, notes=[", ".join(asked)])
+
+    def _shown(self) -> list[dict[str, Any]]:
+        """The rows of a table, with effort per image and what the intervals are about."""
+        estimand = self.settings.get("estimand", "population")
+        return [row | {"estimand": estimand} for row in per_image(self.rows)]
 
     def to_pandas(self) -> Any:
         """The rows as a ``pandas.DataFrame``; shares are numbers in [0, 1].
@@ -89,11 +105,11 @@ class Exports:
 
     def to_markdown(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as a table of Markdown, accuracies and intervals in percent."""
-        return markdown_table(per_image(self.rows), columns)
+        return markdown_table(self._shown(), columns)
 
     def to_latex(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as a ``tabular`` of LaTeX, accuracies and intervals in percent; needs booktabs."""
-        return latex_table(per_image(self.rows), columns)
+        return latex_table(self._shown(), columns)
 
     def to_html(
         self,

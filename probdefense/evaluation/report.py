@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from probdefense.evaluation.arrays import Arrays, radii_of
-from probdefense.evaluation.exports import COLUMNS, PLACE, Exports, per_image
+from probdefense.evaluation.exports import COLUMNS, PLACE, Exports
 from probdefense.evaluation.intervals import accuracy_interval
 from probdefense.files import whole
 from probdefense.ops import reach
@@ -234,7 +234,7 @@ class Report(Exports):
 
     def table(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as aligned text, accuracies and intervals in percent."""
-        return format_table(per_image(self.rows), columns)
+        return format_table(self._shown(), columns)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``arrays.npz``, ``timing.json`` and ``report.json`` into a folder, made if needed.

@@ -162,3 +162,29 @@ def test_real_reports_compare_on_every_row_that_they_share():
 def test_reports_that_do_not_belong_together_are_refused(a, b, message):
     with pytest.raises(ValueError, match=message):
         pd.compare(a, b)
+
+
+def test_two_seeds_are_widened_until_they_cover():
+    """They covered 87 % with the degrees of freedom of more."""
+    rng, hits, widths = np.random.default_rng(1), 0, {2: [], 3: []}
+    for _ in range(600):
+        table, truth = coverage.difference_table(rng, seeds=2, spread=0.15)
+        center, spread = paired(table)
+        hits += abs(center - truth) <= spread.half_width()
+        widths[2].append(spread.half_width())
+        widths[3].append(paired(coverage.difference_table(rng, seeds=3, spread=0.15)[0])[1].half_width())
+    assert 0.90 < hits / 600 < 0.99
+    assert np.median(widths[2]) > 2 * np.median(widths[3]), (
+        "a third seed is worth more than half of the width"
+    )
+
+
+def test_rows_say_how_far_seeds_are_apart_and_what_they_are_about():
+    sides = [
+        [report(np.arange(100) < share, name, seed) for seed, share in enumerate(shares)]
+        for name, shares in (("a", (70, 90)), ("b", (60, 60)))
+    ]
+    two, one = pd.compare(*sides), pd.compare(sides[0][0], sides[1][0])
+    assert two.rows[0]["seed_spread"] == pytest.approx(np.std([0.1, 0.3], ddof=1))
+    assert one.rows[0]["seed_spread"] is None and two.rows[0]["estimand"] == "population"
+    assert two.scope.startswith("2 training seeds: about these methods") and "give three or more" in two.scope

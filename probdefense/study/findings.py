@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from probdefense.checks import Checks
 from probdefense.evaluation.arrays import Arrays
 from probdefense.evaluation.certification import Certificate
 from probdefense.evaluation.comparison import Comparison, compare_all
 from probdefense.evaluation.report import Report, Row, proportion
 from probdefense.files import together, whole
+from probdefense.study import store
 from probdefense.study.pool import steady
 from probdefense.types import Labels
 
@@ -52,11 +55,12 @@ def write_certificate(
 
 
 class Drawn(NamedTuple):
-    """What a page is made of: a report, certificates by defense, and pairs."""
+    """What a page is made of: a report, certificates and checks by defense, and pairs."""
 
     report: Report
     certificates: dict[str, list[Row]]
     comparison: Comparison | None
+    checks: dict[str, Checks] | None = None
 
     @property
     def table(self) -> str:
@@ -74,11 +78,10 @@ def redrawn(folders: Sequence[Path]) -> Drawn:
         ValueError: damaged files, or reports that do not belong together.
         OSError: files that are not there.
     """
-    several = replicates([Report.load(folder) for folder in folders])
-    report, comparison = joined(several), None
-    if len(report.defenses) > 1:
-        comparison = compare_all(several, rule=report.rows[0]["rule"])
-    return Drawn(report, _certificates(folders), comparison)
+    each = [place for folder in folders for place in sorted(folder.glob("seed-*/")) or [folder]]
+    several = replicates([Report.load(folder) for folder in each])
+    checks, certificates = _judged(each, several[0])
+    return Drawn(joined(several), certificates | _certificates(each), compared(several), checks)
 
 
 def write_drawn(drawn: Drawn, folder: Path) -> list[str]:
@@ -144,6 +147,37 @@ def _common(values: list[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else values
 
 
+def compared(several: Sequence[Report]) -> Comparison | None:
+    """Every pair of defenses that saw the same images, adjusted among those; None without pairs."""
+    first, rows = several[0], []
+    seen = {name: len(first.arrays.at("labels", name)) for name in first.defenses}
+    for count in dict.fromkeys(seen.values()):
+        names = [name for name in first.defenses if seen[name] == count]
+        if len(names) > 1:
+            kept = [[report.only(name) for name in names] for report in several]
+            same = [sum(each[1:], each[0]) for each in kept]
+            rows += compare_all(same, rule=first.rows[0]["rule"]).rows
+    return Comparison(rows, len(several)) if rows else None
+
+
+def _judged(folders: Sequence[Path], report: Report) -> tuple[dict[str, Checks], dict[str, list[Row]]]:
+    """The checks and the tables of certificates that ``compare`` keeps; of several seeds the first.
+
+    Raises:
+        ValueError: one of them is damaged.
+    """
+    checks, certificates = {}, {}
+    kept = {name: found for folder in reversed(folders) for name, found in store.judged(folder).items()}
+    for name in report.defenses:
+        checked, certificate = kept.get(name, (None, None))
+        if checked is not None:
+            checks[name] = checked
+        if certificate is not None:
+            y = torch.as_tensor(report.arrays.at("labels", name))[: len(certificate.label)]
+            certificates[name] = certificate.curve(y, [step * certificate.sigma for step in STEPS])
+    return checks, certificates
+
+
 def _certificates(folders: Sequence[Path]) -> dict[str, list[Row]]:
     """The tables of the certificates that lie in folders, by defense.
 
@@ -172,4 +206,10 @@ def _draw(drawn: Drawn, place: Path) -> None:
         figure = analysis.accuracy_chart(drawn.report).figure
         figure.savefig(place / "robustness.png", format="png", dpi=150, bbox_inches="tight")
         pyplot.close(figure)
-        analysis.write_html(drawn.report, place, certificate=drawn.certificates, comparison=drawn.comparison)
+        analysis.write_html(
+            drawn.report,
+            place,
+            checks=drawn.checks,
+            certificate=drawn.certificates,
+            comparison=drawn.comparison,
+        )

@@ -106,6 +106,22 @@ def kept(folder: Path, name: str, about: dict[str, Any], net: Any) -> Found | No
     return Found(_defense(place / DEFENSE, net), reports, seconds, checks, certificate)
 
 
+def judged(folder: Path) -> dict[str, tuple[Checks | None, Certificate | None]]:
+    """What was checked and certified of every defense that is kept in the folder of a job.
+
+    Raises:
+        ValueError: damaged files.
+    """
+    places = sorted(path for path in (folder / FOLDER).glob("*") if (path / ABOUT).is_file())
+    return {
+        place.name: (
+            _checks(place) if (place / CHECKS).exists() else None,
+            _certificate(place) if (place / f"{CERTIFICATE}.json").exists() else None,
+        )
+        for place in places
+    }
+
+
 def _defense(path: Path, net: Any) -> Any:
     try:
         return load(path, net=net()) if path.exists() else None

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import probdefense as pd
+from probdefense.study import pool, request
 from probdefense.study.findings import joined, redrawn
 from probdefense.study.targets import looked_up, target
-from tests.study.test_cli import run
+from tests.study.test_cli import SMALL, run
 
 FILE = """
 import time
@@ -196,6 +197,32 @@ def test_report_compares_defenses_and_joins_seeds(file, saved, monkeypatch, tmp_
         run(monkeypatch, "report", folders["plain", "0"], folders["noisy", "0"], folders["noisy", "1"]) == 2
     )
     assert "plain in 1, noisy in 2" in capsys.readouterr().err
+
+
+def test_report_makes_the_page_of_compare_anew(monkeypatch, tmp_path, capsys):
+    """With its checks, certificates and pairs; the pictures of attacked images are in no file."""
+    monkeypatch.setattr(request, "QUICK", SMALL)
+    monkeypatch.setattr(pool, "cores", lambda: 1)
+    out = tmp_path / "out"
+    options = (
+        "--quick",
+        "--defenses",
+        "none,rse",
+        "--attacks",
+        "fgsm",
+        "--num-samples",
+        "4",
+        "--seeds",
+        "0,1",
+    )
+    assert run(monkeypatch, "compare", *options, "--out", str(out)) == 0
+    tables = ("Certified accuracy", "checks that did not fire", "Pairs", "2 training seeds")
+    assert all(text in (out / "report.html").read_text() for text in tables)
+    kept = json.loads((out / "report.json").read_text())["rows"]
+    (out / "report.html").unlink()
+    assert run(monkeypatch, "report", str(out)) == 0
+    assert all(text in (out / "report.html").read_text() for text in tables)
+    assert redrawn([out]).report.rows == kept
 
 
 def test_seeds_that_disagree_widen_the_interval():

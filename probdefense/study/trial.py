@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
 from torch.utils.data import Subset
 
 from probdefense import checks
@@ -80,7 +82,13 @@ def judged(family: Family) -> dict[str, Found]:
         attacked_epochs=request.plan.attacked_epochs,
     )
     test = tuple(part.to(device) for part in tested(request, data))
-    return {name: _found(family, name, shop, (test[0], test[1])) for name in family.names}
+    found = {name: _found(family, name, shop, (test[0], test[1])) for name in family.names}
+    return {name: each._replace(defense=_home(each.defense)) for name, each in found.items()}
+
+
+def _home(defense: Any) -> Any:
+    """A defense where its report is made, which is no GPU."""
+    return defense.cpu() if isinstance(defense, nn.Module) else defense
 
 
 def _found(family: Family, name: str, shop: Workshop, test: tuple[Inputs, Labels]) -> Found:
@@ -204,4 +212,6 @@ def _certified(family: Family, defense: Defense, x: Inputs) -> Certificate:
     request = family.request
     seed = derive(request.seed, "certificate")
     images = x[: request.size["checked"]]
-    return certify(defense, images, n=request.size["votes"], seed=seed, fabric=family.fabric)
+    found = certify(defense, images, n=request.size["votes"], seed=seed, fabric=family.fabric)
+    tensors = {n: value.cpu() for n, value in vars(found).items() if isinstance(value, torch.Tensor)}
+    return replace(found, **tensors)  # type: ignore[arg-type]

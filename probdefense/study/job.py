@@ -14,11 +14,12 @@ from probdefense.checks import Checks
 from probdefense.core.defense import Defense
 from probdefense.data import Split
 from probdefense.evaluation.certification import Certificate
-from probdefense.evaluation.comparison import Comparison, compare_all
+from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.report import Report, Row
 from probdefense.files import reserve, together, whole
+from probdefense.prediction import predict
 from probdefense.study import plugins, store
-from probdefense.study.findings import joined
+from probdefense.study.findings import compared, joined
 from probdefense.study.opponents import named_attack
 from probdefense.study.pool import apart, steady, tell
 from probdefense.study.recipes import RECIPES
@@ -67,7 +68,7 @@ class Result:
         comparison: Of every pair under the worst case, None for one defense.
         checks: By defense.
         certificates: By defense with certifiable input noise.
-        images: Clean and attacked images by caption.
+        images: By caption, clean and attacked images, labels, and the predictions before and after.
         found: All of it by seed and defense.
     """
 
@@ -77,7 +78,7 @@ class Result:
     comparison: Comparison | None
     checks: dict[str, Checks]
     certificates: dict[str, Certificate]
-    images: dict[str, tuple[Inputs, Inputs]]
+    images: dict[str, tuple[Any, ...]]
     found: dict[int, dict[str, Found]] = field(default_factory=dict)
 
 
@@ -142,12 +143,13 @@ def run(
     made = {name: first[name].defense for name in request.defenses}
     x, y = tested(request, data)
     with steady():
-        grid = _grid(request, made, (x[:GRID_IMAGES], y[:GRID_IMAGES]))
+        total = joined(several)
+        grid = _grid(request, made, (x[:GRID_IMAGES], y[:GRID_IMAGES]), total)
     return Result(
-        joined(several),
+        total,
         made,
         (x, y),
-        _compared(several),
+        compared(several),
         {name: each.checks for name in made if (each := first[name]).checks is not None},
         {name: each.certificate for name in made if (each := first[name]).certificate is not None},
         grid,
@@ -213,33 +215,21 @@ def _joined(request: Request, data: Split, found: dict[str, Found]) -> Report:
     return replace(total, settings={**asked, **total.settings}, timing=timing)
 
 
-def _compared(several: list[Report]) -> Comparison | None:
-    """Every pair of defenses that saw the same images, adjusted among those."""
-    rows: list[Row] = []
-    first = several[0]
-    for count in dict.fromkeys(row["num_examples"] for row in first.rows):
-        names = [name for name in first.defenses if _seen(first, name) == count]
-        if len(names) > 1:
-            kept = [[report.only(name) for name in names] for report in several]
-            rows += compare_all([sum(each[1:], each[0]) for each in kept], rule="mean_prob").rows
-    return Comparison(rows, len(several)) if rows else None
-
-
-def _seen(report: Report, name: str) -> int:
-    """How many images a defense was judged on."""
-    return len(report.arrays.at("labels", name))
-
-
 def _grid(
-    request: Request, made: dict[str, Any], test: tuple[Inputs, Labels]
-) -> dict[str, tuple[Inputs, Inputs]]:
-    """A few images under PGD on the first and the last defense."""
-    x, y = test
-    grid = {}
-    for name in dict.fromkeys([next(iter(made)), list(made)[-1]]):
+    request: Request, made: dict[str, Any], test: tuple[Inputs, Labels], report: Report
+) -> dict[str, tuple[Any, ...]]:
+    """A few images under PGD and the answers to them, of a defense that falls and one that holds."""
+    (x, y), left = test, {}
+    for row in report.rows:
+        left[row["defense"]] = min(row["accuracy"], left.get(row["defense"], 1.0))
+    ranked = sorted(made, key=lambda name: left[name])
+    grid: dict[str, tuple[Any, ...]] = {}
+    for name in dict.fromkeys([ranked[0], ranked[-1]]):
         attack = named_attack("eot_pgd", made[name], request.size["gradients"])
         options = {"eps": request.radius, "norm": request.norm, "seed": request.seed}
-        grid[f"{name} under EOT-PGD"] = (x, attack(made[name], x, y, **options))
+        x_adv = attack(made[name], x, y, **options)
+        answers = [predict(made[name], each, request.num_samples, seed=request.seed) for each in (x, x_adv)]
+        grid[f"{name} under EOT-PGD"] = (x, x_adv, y, *answers)
     return grid
 
 

@@ -3,6 +3,7 @@
 import torch
 
 import probdefense as pd
+from tests.core.test_own_programs import autoguided, make
 
 
 def test_a_defense_lists_its_sites():
@@ -25,3 +26,30 @@ def test_a_prediction_is_one_line():
 def test_a_report_is_its_table():
     report = pd.evaluate(pd.deterministic(torch.nn.Linear(4, 3)), (torch.rand(5, 4), torch.zeros(5).long()))
     assert report.table() in repr(report) and "norm inf" in repr(report)
+
+
+def test_a_program_of_ones_own_lists_its_sites_sizes_and_num_data():
+    for made, posterior in ((make(), "Normal"), (autoguided(), "AutoNormal")):
+        text = repr(made)
+        assert "num_data=40" in text.splitlines()[0]
+        lines = {line.split()[0]: line.split() for line in text.splitlines()}
+        assert lines["linear.weight"][1:4] == ["12", "Normal", posterior]
+        assert "<td>linear.weight</td><td>12</td>" in made._repr_html_()
+    assert "per example" in repr(make()) and "per example" not in repr(autoguided())
+    bare = pd.Defense(make().model, make().guide)
+    assert "they are listed if it is made with example=x" in repr(bare)
+
+
+def test_printing_a_defense_changes_nothing():
+    made, before = make(), torch.get_rng_state()
+    state = {name: value.clone() for name, value in made.state_dict().items()}
+    assert repr(made) == repr(made) and torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+
+def test_a_frozen_defense_can_be_exported():
+    module = pd.defenses.rse(pd.models.small_cnn()).as_module(num_samples=3, frozen=True)
+    x = torch.rand(4, 1, 8, 8)
+    module(x)  # the shapes of the noise are found in the first pass
+    program = torch.export.export(module, (x,), strict=False)
+    assert torch.allclose(program.module()(1 - x), module(1 - x), atol=1e-6)

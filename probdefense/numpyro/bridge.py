@@ -239,10 +239,11 @@ def _plain(draws: Any) -> Any:
 
 
 def _as_float32(leaf: Any) -> Any:
-    array = np.asarray(leaf) if isinstance(leaf, Tensor | list | float | int) else leaf
+    array = np.asarray(leaf) if isinstance(leaf, Tensor) else leaf
     if not hasattr(array, "dtype") or array.dtype.kind not in "fiubV":  # bfloat16 is of kind V
         raise TypeError(
-            f"expected draws as a pytree of arrays, got {type(leaf).__name__} in it; take mcmc.get_samples()"
+            f"expected draws as Mapping, or another pytree, of arrays, got {type(leaf).__name__} in it; take "
+            "mcmc.get_samples()"
         )
     array = jnp.asarray(array)
     return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array

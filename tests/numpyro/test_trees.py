@@ -88,9 +88,9 @@ def test_grouping_may_be_said():
         bridge(lambda p, x: x, {"k": np.ones(3)}, group_by_chain=True)
 
 
-@pytest.mark.parametrize("draws", [{"w": "text"}, ["a", "b"], {"w": object()}])
+@pytest.mark.parametrize("draws", [{"w": "text"}, ["a", "b"], {"w": object()}, [1.0]])
 def test_what_is_no_array_is_refused(draws):
-    with pytest.raises(TypeError, match="expected draws as a pytree of arrays"):
+    with pytest.raises(TypeError, match="expected draws as Mapping, or another pytree, of arrays"):
         bridge(lambda params, x: x, draws)
 
 

@@ -7,6 +7,7 @@ stderr, and no file changed); 130 interrupted.
 import json
 import os
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+OTHERS = r"(arviz|jax|matplotlib|numpyro|pandas|xarray)\b"
+"""Whose warnings are for those who write programs with them, not for who runs the command."""
 
 REFUSED, INTERRUPTED = 2, 130
 """Exit codes."""
@@ -132,6 +136,7 @@ def version() -> None:
 
 def main() -> None:
     """Runs the command; a bad request becomes one sentence on stderr and exit code 2."""
+    warnings.filterwarnings("ignore", module=OTHERS)
     try:
         code = app(standalone_mode=False)  # which returns the code of an interruption
         sys.stdout.flush()

@@ -98,10 +98,10 @@ def compare(
     Writes report.json, timing.json, arrays.npz, robustness.png, report.html and posterior.nc; study.toml,
     which runs it again; and a folder defenses, with a checkpoint of each as soon as it is finished.
     """
-    from probdefense.study import compare as comparison
+    from probdefense.study import cli_compare
 
     given = {name for name in context.params if _is_given(context, name)}
-    comparison.run(context.params, given)
+    cli_compare.run(context.params, given)
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -147,7 +147,7 @@ def _refusing(option: str) -> Iterator[None]:
     """What is wrong inside becomes one sentence that names the option."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error), param_hint=getattr(error, "option", option)) from error
 
 
@@ -162,7 +162,7 @@ def _writing(out: Path, option: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise _unwritable(out, error) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FloatingPointError) as error:
         if made:
             with suppress(OSError):  # it has something finished in it
                 out.rmdir()

@@ -98,7 +98,7 @@ def _blamed(option: str, function: Any, *arguments: Any) -> Any:
     try:
         with steady():
             return function(*arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         raise Refused(option, error) from error
 
 

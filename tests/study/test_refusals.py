@@ -42,6 +42,12 @@ def three():
 def odd(x, num_samples):
     return torch.zeros(len(x), 10)
 
+def nothing(x, num_samples):
+    return torch.full((num_samples or 1, len(x), 10), torch.nan)
+
+def late(x, num_samples):
+    return answers(x, num_samples) / (len(x) < 3)  # two images are fine, a chunk is not
+
 class Torn(Dataset):
     def __len__(self):
         return 12
@@ -159,6 +165,7 @@ OPTIONS = [
     ("good.safetensors", ["--data", "mine.py:floats", "--eps", "0.1"], "--data", "int64"),
     ("good.safetensors", ["--data", "mine.py:torn", "--eps", "0.1"], "--data", "Input/output error"),
     ("mine.py:odd", [], "--data", "logits"),
+    ("mine.py:nothing", [], "--data", "NaN"),
     ("good.safetensors", ["--images", "0"], "--images", ">= 1"),
     ("good.safetensors", ["--images", "few"], "--images", "integer"),
     ("good.safetensors", ["--chunk-size", "-1"], "--chunk-size", ">= 1"),
@@ -231,6 +238,14 @@ def test_folders_without_a_report_are_refused(folders, said, place, monkeypatch,
     (place / "odd" / "certificate.json").write_text("[]")
     sentence = refused(capsys, monkeypatch, place, "report", *folders)
     assert "DIR" in sentence and said in sentence
+
+
+def test_numbers_that_are_none_end_the_work_in_one_sentence(place, monkeypatch, capsys):
+    options = ("--images", "6", "--attacks", "clean", "--num-samples", "2", "--out", "out")
+    assert run(monkeypatch, "evaluate", "mine.py:late", *options) == 2
+    printed = capsys.readouterr()
+    assert "NaN" in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert not list(place.glob("out/*.*"))
 
 
 FAST = ("good.safetensors", "--images", "6", "--chunk-size", "2", "--out", "out")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from probdefense.core.compiled import compiled
 from probdefense.core.description import describe, describe_as_html
 from probdefense.core.programs import Guide, Model
 from probdefense.core.registry import BUILDERS, Call, builder
@@ -156,8 +157,7 @@ class Defense(nn.Module):
             num_samples: Draws, 1 by default.
             max_batch: Images per forward pass; chosen by measurement when None.
             backend: ``"auto"``, ``"loop"``, ``"vmap"`` or ``"fold"``.
-            draws: As in `samples`.
-            recompute: As in `samples`.
+            draws: As in `samples`, and so is `recompute`.
 
         Returns:
             ``(samples, batch, classes)``; one sample if nothing is random.
@@ -186,8 +186,7 @@ class Defense(nn.Module):
     ) -> Logits:
         """As the call, with draws that belong to `seed`, and memory for one pass: what an attack is given.
 
-        Differentiable in `x` only. Passes that would not fit into memory together are run again in the
-        backward pass.
+        Differentiable in `x` only. Passes too large to be held together run again in the backward pass.
 
         Args:
             x: ``(batch, *event)``.
@@ -216,9 +215,6 @@ class Defense(nn.Module):
             draws: ``"independent"`` or ``"antithetic"``.
             recompute: Whether a gradient takes the memory of one draw: passes run again in the backward pass
                 with the same draws, about a third more time. Differentiable in `x` only.
-
-        Raises:
-            ValueError: antithetic draws of a pair of Pyro programs of your own.
         """
         found = with_options(self, num_samples, draws)
         return Samples(self, num_samples, **found.draw_options, recompute=True) if recompute else found
@@ -256,6 +252,11 @@ class Defense(nn.Module):
             num_samples: Draws.
         """
         return self._engine.freeze(num_samples if self.stochastic else 1, seed, ids)
+
+    def compile(self, **options: Any) -> Defense:  # type: ignore[override]
+        """Compiles the network as a pure function of draws and inputs, with options of ``torch.compile``."""
+        setattr(self.model, "compiled", compiled(self.model, options))  # noqa: B010
+        return self
 
     def step(self, x: Inputs, y: Labels, draws: Draws | None = None) -> Step:
         """The one training forward: `Step(logits, log_lik, kl, draws)`.

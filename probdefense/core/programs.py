@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
+from probdefense.core.compiled import Compiled
 from probdefense.core.sites import NoiseSite, Site, removed, unique_names
 from probdefense.core.sites.site import EMPTY
 from probdefense.nn.passes import execution_order, explained, held_still, swapped
@@ -74,6 +75,7 @@ class Model(nn.Module):
         self.priors = nn.ModuleDict({_key(s): s.prior for s in sites if s.prior is not None})
         self.generator: torch.Generator | None = None  # of random weights, see `weights_from`
         self._uses: dict[tuple[int, ...], list[Use]] = {}
+        self.compiled: Compiled | None = None
         self.sizes: dict[tuple[int, ...], Sizes] = {}  # of one image, by shape
 
     @contextmanager
@@ -135,8 +137,11 @@ class Model(nn.Module):
             for hole in self.holes.values():
                 hole.uses = 0
             copied = x.clone()  # networks may work in place, and x is the caller's
-            with swapped(self.net, tensors):
-                logits = self.net(copied)
+            if self.compiled is not None:
+                logits = self.compiled(self.net, tensors, copied)
+            else:
+                with swapped(self.net, tensors):
+                    logits = self.net(copied)
         check_output(logits, len(x))
         return logits
 

@@ -238,7 +238,8 @@ class Vectorized:
         weights = 4 * sum(site.size for site in self.model.global_sites)
         if num_samples == 1 or self._branching or backend == "loop":
             return 1
-        if weights and (backend == "fold" or _has(self.model.net, UNBATCHED)):
+        alone = self.model.compiled is not None or _has(self.model.net, UNBATCHED)
+        if weights and (backend == "fold" or alone):
             return 1
         if backend == "auto":
             limit = draws_at_once(len(x), self._sizes(x).widest, weights > 0)
@@ -269,6 +270,9 @@ class Vectorized:
             for name, value in noise.items()
         }
         folded = x if count == 1 else x.expand(count, *x.shape).flatten(0, 1)
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            folded = folded.contiguous(memory_format=torch.channels_last)
+            rows = {n: _last(v) if v.dim() == 4 else v for n, v in rows.items()}
         values = rows | {name: value[0] for name, value in weights.items()}
         return self.model.logits(folded, values, state=state).unflatten(0, (count, len(x)))
 
@@ -313,7 +317,8 @@ class _RunAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, one: Callable[[Inputs], Tensor], x: Inputs) -> Tensor:
-        ctx.one = one
+        kind = x.device.type
+        ctx.one, ctx.cast = one, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(x)
         return one(x)
 
@@ -321,10 +326,15 @@ class _RunAgain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[None, Tensor]:
         (x,) = ctx.saved_tensors
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(*ctx.cast):
             point = x.detach().requires_grad_()
             climbed = (ctx.one(point) * slopes).sum()
         return None, torch.autograd.grad(climbed, point)[0]
+
+
+def _last(value: Tensor) -> Tensor:
+    """The values in the layout that has channels last."""
+    return value.contiguous(memory_format=torch.channels_last)
 
 
 def _has(net: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:

@@ -28,6 +28,7 @@ from probdefense.evaluation.rows import Rows
 from probdefense.evaluation.standing import check_exact
 from probdefense.evaluation.verdicts import Judge, rule_name
 from probdefense.logits.adapters import as_logits_fn
+from probdefense.logits.precision import cast
 from probdefense.logits.rules import mean_prob, single_draw
 from probdefense.prediction.drawing import draws_kind, is_adaptive
 from probdefense.processes import Processes
@@ -67,6 +68,7 @@ def evaluate(
     first: int = 0,
     fabric: Any = None,
     until_broken: bool = False,
+    amp: torch.dtype | None = None,
 ) -> Report:
     """Accuracy of a defense on clean inputs and under every attack, by every rule.
 
@@ -104,6 +106,8 @@ def evaluate(
         until_broken: Whether an example that is wrong already, without an attack or under one at the radius
             or a smaller one, is left out by later attacks: for defenses without randomness. The worst case
             stays exact; the row of an attack counts what was broken before as wrong and is ``conditional``.
+        amp: ``torch.bfloat16`` to compute forward passes in it where torch deems that safe; losses and
+            verdicts see float32.
         estimand: What the intervals are about: ``"population"`` or ``"test set"``, see
             `intervals.accuracy_interval`.
 
@@ -141,7 +145,7 @@ def evaluate(
     if is_adaptive(logits_fn):  # a stream of its own, so the setting that reports share says nothing
         data = gather(data)
         at_once = max(1, len(data[0]))
-    judge = Judge(logits_fn, tuple(rules), num_samples, seed, selects=len(attacks) > 1)
+    judge = Judge(cast(logits_fn, amp), tuple(rules), num_samples, seed, selects=len(attacks) > 1)
     asked: dict[str, Any] = {
         "norm": _number(norm),
         "num_samples": num_samples,
@@ -151,6 +155,7 @@ def evaluate(
     check_kind("until_broken", until_broken, bool, "give True or False")
     check_exact(until_broken, logits_fn, is_adaptive(logits_fn))
     asked |= {"until_broken": True} if until_broken else {}
+    asked |= {} if amp is None else {"amp": str(amp).removeprefix("torch.")}
     asked |= {"estimand": estimand, "chunk_size": chunk_size, "draw_chunk": draw_chunk}
     named = {**asked, "rules": [rule_name(rule) for rule in rules]}
     book = Book.opened(journal, Processes(fabric), named, logits_fn, attacks)

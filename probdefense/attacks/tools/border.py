@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from probdefense.logits.adapters import Counted, as_logits_fn
+from probdefense.logits.precision import cast
 from probdefense.ops import exact
 from probdefense.rng import Stream, forked
 from probdefense.types import Inputs, Labels, Logits, LogitsFn
@@ -55,7 +56,8 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
     """Turns the body of an attack into the public function.
 
     The public function accepts what the body declares, and also ``generator=`` as another word for
-    ``seed=``. With a seed it runs in a forked random state; ``max_batch`` splits the examples.
+    ``seed=`` and ``amp=torch.bfloat16`` for forward passes under autocast. With a seed it runs in a forked
+    random state; ``max_batch`` splits the examples.
     """
     signature = inspect.signature(body)
 
@@ -68,10 +70,11 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
         seed: Any = None,
         generator: torch.Generator | None = None,
         max_batch: int | None = None,
+        amp: torch.dtype | None = None,
         **options: Any,
     ) -> Inputs:
         inspect.signature(public).bind(logits_fn, x, y, **options)
-        logits_fn = as_logits_fn(logits_fn)
+        logits_fn = cast(as_logits_fn(logits_fn), amp)
         x = check_inputs(x)
         check_labels(y, len(x))
         parameters = inspect.signature(public).parameters

@@ -104,9 +104,10 @@ def test_names_are_escaped_and_other_files_stay(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_a_phone_shows_it_without_scrolling_sideways(tmp_path):
-    text = page(tmp_path, checks=CHECKS, comparison=compared())
-    frame = f'<iframe width="390" height="800" srcdoc="{html.escape(text)}"></iframe>'
+@pytest.mark.parametrize("screen", [390, 1280])
+def test_a_phone_shows_it_without_scrolling_sideways(screen, tmp_path):
+    text = page(tmp_path, checks=CHECKS, comparison=compared(), images={"noisy under pgd": labeled()})
+    frame = f'<iframe width="{screen}" height="800" srcdoc="{html.escape(text)}"></iframe>'
     read = "document.title = document.querySelector('iframe').contentDocument.documentElement.scrollWidth"
     (tmp_path / "phone.html").write_text(f"{frame}<script>onload = () => {{ {read} }}</script>")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
@@ -114,7 +115,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(tmp_path):
         [CHROMIUM, *options, "--dump-dom", f"file://{tmp_path}/phone.html"], capture_output=True, timeout=120
     )
     width = int(re.search(r"<title>(\d+)</title>", run.stdout.decode()).group(1))
-    assert 0 < width <= 390
+    assert 0 < width <= screen
 
 
 def labeled(count=6):
@@ -185,3 +186,23 @@ def test_a_network_without_randomness_has_one_line(tmp_path):
     assert {row["rule"] for row in one.rows} == {"mean_prob", "single_draw"}
     assert plain_text(one.to_html(tmp_path).read_text()).count("net mean_prob") == 1
     assert "net single_draw" not in plain_text(one.to_html(tmp_path).read_text())
+
+
+def luminance(color):
+    """Relative luminance, WCAG 2.1."""
+    parts = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_can_be_read_on_its_ground_in_light_and_dark(tmp_path):
+    """At least 4.5 for text and 3 for marks, as WCAG 2.1 has it."""
+    themes = re.findall(r":root \{(.*?)\}", page(tmp_path), re.DOTALL)
+    assert len(themes) == 2
+    for theme in themes:
+        colors = dict(re.findall(r"--([\w-]+): (#[0-9a-fA-F]{6})", theme))
+        for ground in ("paper", "card"):
+            back = luminance(colors[ground])
+            for name, least in (("ink", 4.5), ("muted", 4.5), ("bad", 4.5), ("c0", 3.0)):
+                low, high = sorted((back, luminance(colors[name])))
+                assert (high + 0.05) / (low + 0.05) >= least, (name, ground)

@@ -1,5 +1,6 @@
 """The network as a pure function of its tensors and inputs, compiled."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,9 @@ class Compiled:
                 return functional_call(net, tensors, (x,), tie_weights=False)
 
             self.function = torch.compile(pure, **{"fullgraph": True, **self.options})
-        return self.function(dict(tensors), x)
+        with warnings.catch_warnings():  # torch's tracer looks at gradients of inputs that are no leaves
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+            return self.function(dict(tensors), x)
 
     def __reduce__(self) -> tuple[type["Compiled"], tuple[dict[str, Any]]]:
         return Compiled, (self.options,)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
 
-from probdefense.core.costs import draws_at_once
+from probdefense.core.costs import FEWEST, draws_at_once
 from probdefense.core.families import divergence, drawn_with_kl
 from probdefense.core.local import local_noise
 from probdefense.core.programs import Guide, Model, Sizes, block
@@ -239,7 +239,7 @@ class Vectorized:
         if num_samples == 1 or self._branching or backend == "loop":
             return 1
         alone = self.model.compiled is not None or _has(self.model.net, UNBATCHED)
-        if weights and (backend == "fold" or alone):
+        if weights and (backend == "fold" or alone or FEWEST * weights > CACHE_BYTES):
             return 1
         if backend == "auto":
             limit = draws_at_once(len(x), self._sizes(x).widest, weights > 0)

@@ -33,6 +33,8 @@ class Loo:
     all draws of their tail.
     """
 
+    elpd: float
+    se: float
     num_dropped: int
 
     @property
@@ -48,8 +50,8 @@ class Loo:
     def _repr_html_(self) -> str:
         k = self.k_hat
         rows: list[dict[str, Any]] = [
-            {"quantity": "expected log density, left out (nats)", "value": f"{self.elpd:.2f}"},  # type: ignore[attr-defined]
-            {"quantity": "standard error", "value": f"{self.se:.2f}"},  # type: ignore[attr-defined]
+            {"quantity": "expected log density, left out (nats)", "value": f"{self.elpd:.2f}"},
+            {"quantity": "standard error", "value": f"{self.se:.2f}"},
             {"quantity": "examples", "value": len(k)},
             {"quantity": "k-hat above 0.7", "value": int((k > 0.7).sum())},
             {"quantity": "no tail fitted", "value": int(np.isnan(k).sum())},

@@ -219,7 +219,8 @@ def _grid(
     request: Request, made: dict[str, Any], test: tuple[Inputs, Labels], report: Report
 ) -> dict[str, tuple[Any, ...]]:
     """A few images under PGD and the answers to them, of a defense that falls and one that holds."""
-    (x, y), left = test, {}
+    x, y = test
+    left: dict[str, float] = {}
     for row in report.rows:
         left[row["defense"]] = min(row["accuracy"], left.get(row["defense"], 1.0))
     ranked = sorted(made, key=lambda name: left[name])

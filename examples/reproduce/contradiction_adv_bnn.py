@@ -55,7 +55,7 @@ def systems(lab: Lab, num_data: int) -> dict[str, Any]:
 
 def judged(lab: Lab, defense: Any, label: str, **options: Any) -> pd.Report:
     """Under the suite and under PGD with one draw per step, the published attack."""
-    named = {"suite": partial(attacks.suite, budget=lab.budget)}
+    named: dict[str, Any] = {"suite": partial(attacks.suite, budget=lab.budget)}
     named["pgd_1_draw"] = pd.with_draws(partial(attacks.pgd, num_steps=20), 1)
     return lab.judged(defense, label, named, **options)
 

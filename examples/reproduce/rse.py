@@ -63,7 +63,7 @@ class Inside(Lab):
         return pd.data.Split(*(TensorDataset(*part) for part in parts))
 
 
-def rse(lab: Lab, inner: float = 0.1, init: float = 0.2, when: str = "always") -> Any:
+def rse(lab: Lab, inner: float = 0.1, init: float = 0.2, when: Any = "always") -> Any:
     """Noise before every convolution."""
     return defenses.rse(lab.net(), sigma_init=init, sigma_inner=inner, when=when)
 

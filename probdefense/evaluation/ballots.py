@@ -174,7 +174,7 @@ def _ballot(chosen: Labels, low: np.ndarray, wins: np.ndarray, trials: np.ndarra
 
 
 def _race(defense: LogitsFn, x: Inputs, chosen: Labels, n: int, alpha: float, enough: float) -> Ballot:
-    """Every image stops once `enough` is certain or out of reach."""
+    """Every image stops once `enough` is certain, or out of reach even of all votes that are left."""
     wins, spent = np.zeros((BLOCKS, len(x))), np.zeros((BLOCKS, len(x)))
     share, running = np.zeros(len(x)), np.arange(len(x))
     with progress_bar("certify", math.ceil(n / VOTES_PER_LOOK)) as advance:
@@ -183,9 +183,11 @@ def _race(defense: LogitsFn, x: Inputs, chosen: Labels, n: int, alpha: float, en
             won, cast = _wins(defense, x[rows], chosen[rows], min(VOTES_PER_LOOK, n - start))
             wins[:, running] += won
             spent[:, running] += cast
-            low, high = running_bounds(wins[:, running].sum(0), spent[:, running].sum(0), alpha)
+            counted, count = wins[:, running].sum(0), spent[:, running].sum(0)
+            low, high = running_bounds(counted, count, alpha)
             share[running] = np.maximum(share[running], low)
-            running = running[(low < enough) & (high > enough)]
+            best, _ = running_bounds(counted + n - count, np.full(len(running), float(n)), alpha)
+            running = running[(low < enough) & (high > enough) & (best >= enough)]
             advance()
             if len(running) == 0:
                 break

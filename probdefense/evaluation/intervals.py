@@ -191,7 +191,7 @@ def mean_spread(values: np.ndarray, *, crossed: bool, example_variance: float = 
         return Spread(0.0, dof)
     noise = part**2 / dof + by_row**2 / (rows - 1) + by_rest**2 / ((rows - 1) * dof)
     known = variance**2 / noise
-    # Two rows know little of how far rows are apart: nothing is taken off, and one degree may be all there is.
+    # Two rows know little of how far they are apart: nothing is taken off, one degree may be all there is.
     return Spread(part + by_row, max(1.0, known)) if rows == 2 else Spread(variance, max(2.0, known))
 
 

@@ -222,10 +222,11 @@ def test_rounds_through_members_are_refused_where_votes_must_be_independent():
 
 def test_antithetic_votes_and_adaptive_defenses_are_refused():
     defense, (x, _) = pd.defenses.rse(tiny_net()), tiny_batch()
-    paired = defense.samples(4)
-    paired.draws = "antithetic"
-    with pytest.raises(ValueError, match="antithetic pairs"):
-        pd.certify(paired, x, n0=2, n=10)
+    paired = defense.samples(4, draws="antithetic")
+    for function in (paired, pd.logits.adapters.Samples(paired, 2)):
+        with pytest.raises(ValueError, match="antithetic pairs"):
+            pd.certify(function, x, n0=2, n=10)
+    assert pd.certify(defense.samples(4), x, n0=2, n=10, seed=0).num_votes.tolist() == [10] * 6
     defense.respond = lambda x, seed: defense(x)
     with pytest.raises(ValueError, match="a defense that adapts to its inputs has none"):
         pd.certify(defense, x, n0=2, n=10)

@@ -70,3 +70,30 @@ def test_few_examples_make_a_gap_a_doubt(digits):
     many, few = (pd.checks.run(weak, x[:n], y[:n], **SMALL)["loss plateau"] for n in (100, 12))
     assert many.fired
     assert few.verdict == "cannot tell" and MORE_BUDGET in few.advice, few
+
+
+def scaled(net, factor):
+    return pd.deterministic(Changed(net, after=lambda z: factor * z))
+
+
+HONEST = {
+    "plain": pd.deterministic,
+    "half the logits": lambda net: scaled(net, 0.5),
+    "twice the logits": lambda net: scaled(net, 2.0),
+    "log-probabilities": lambda net: pd.deterministic(Changed(net, after=lambda z: z.log_softmax(-1))),
+    "noise on the input": lambda net: pd.defenses.rse(
+        net, sigma_init=0.2, sigma_inner=0.0, before_linear=True
+    ),
+    "noise inside": lambda net: pd.defenses.rse(net, sigma_init=0.1, sigma_inner=0.1, before_linear=True),
+    "random weights": lambda net: pd.defenses.bayesian(net, init_scale=0.03),
+    "dropout": lambda net: pd.defenses.mc_dropout(net, rate=0.1),
+    "a ceiling": lambda net: pd.defenses.brelu(net, ceiling=4.0),
+    "a bare callable": lambda net: lambda x: net(x + 0.05 * torch.randn_like(x)).unsqueeze(0),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_nets_fire_nothing(name, digits):
+    net, data = digits
+    found = pd.checks.run(HONEST[name](net), *data, **SMALL)
+    assert found.fired == [], found.table()

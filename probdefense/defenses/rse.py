@@ -28,7 +28,7 @@ from probdefense.defenses.host import (
 )
 from probdefense.nn.correlated_noise import CorrelatedNoise
 from probdefense.nn.noise import Noise
-from probdefense.nn.placeholder import placeholders
+from probdefense.nn.placeholder import Placeholder, placeholders
 from probdefense.nn.surgery import insert_after, insert_at_input, insert_before, matching
 from probdefense.types import Inputs
 from probdefense.validation import check_function, check_kind, check_member, check_positive
@@ -142,12 +142,7 @@ def rse(
     places = _places(net, sites, hosts, example, after=after is not None, at_input=at_input, asked=asked)
     if where is None and after is None and not before_linear:
         _warn_of_linear(net, len(places))
-    options: dict[str, Any] = {
-        "family": family,
-        "floor": floor,
-        "multiplicative": multiplicative,
-        "when": when,
-    }
+    options: dict[str, Any] = {"floor": floor, "multiplicative": multiplicative, "when": when}
     like, holes = device_and_dtype(net, sites), {}
     for place in places:
         sigma = sigma_init if place.first else sigma_inner
@@ -157,6 +152,8 @@ def rse(
         else:
             trained = scale == "learned"
             noise = Noise(sigma, learned=trained, shape=shape if trained else (), **options)
+        if family is not None:  # a discrete one too: here the formula is what was asked for
+            noise.eps = Placeholder(family)
         holes[f"{_insert(net, place, noise.to(like))}.eps"] = shape
     if scale == "variational":
         sites = [*sites, *(_variational(net, path, shape, floor) for path, shape in holes.items())]

@@ -65,8 +65,8 @@ class Noise(nn.Module):
             raise ValueError(f"expected when to be 'always', 'train' or 'test', got {when!r}; choose one")
         if family is not None and getattr(family.support, "is_discrete", False):
             raise ValueError(
-                f"expected a continuous family, got {type(family).__name__}: noise is x + scale * eps or "
-                "x * (1 + scale * eps), which is no mask; take probdefense.nn.MaskedDropout(rate) for one"
+                f"expected a continuous family, got {family}: noise is x + scale * eps or x * (1 + scale * "
+                "eps), which is no mask; take probdefense.nn.MaskedDropout(rate) for one"
             )
         self.eps = Placeholder(family if family is not None else dist.Normal(0.0, 1.0))
         self.floor, self.multiplicative, self.when = floor, multiplicative, when

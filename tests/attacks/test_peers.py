@@ -75,6 +75,20 @@ def test_median_distance_beside_foolbox(name, still, peers):
     assert ours > 0.5 * best, "too good to be true"
 
 
+def test_l1_distances_where_foolbox_finds_a_point(still):
+    """Its box cuts off what its ball has found, so that it misses many; where it does not, ours is as near."""
+    defense, module, x, y = still
+    x, y = x[:60], y[:60]
+    _, theirs, _ = foolbox.attacks.L1FMNAttack(steps=STEPS)(
+        foolbox.PyTorchModel(module, bounds=(0, 1)), x, y, epsilons=None
+    )
+    ours = fmn(defense, x, y, norm=1, num_steps=STEPS, seed=0)
+    found = module(theirs).argmax(1) != y
+    assert bool((module(ours).argmax(1) != y).all()) and float(found.double().mean()) > 0.3
+    ratio = lp_norm(ours - x, 1)[found] / lp_norm(theirs - x, 1)[found]
+    assert 0.9 < float(ratio.mean()) <= 1.01
+
+
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.08), ("L2", 0.4), ("L1", 1.2)])
 def test_apgd_leaves_no_more_than_pyautoattack(loss, norm, eps, still):

@@ -10,7 +10,7 @@ import probdefense as pd
 from probdefense.defenses import bayesian, rse
 from tests.worlds import tiny_batch, tiny_net
 
-BUILDS = [rse, bayesian, lambda net: rse(bayesian(net)), pd.deterministic]
+BUILDS = [rse, partial(bayesian, num_data=6), lambda net: rse(bayesian(net, num_data=6)), pd.deterministic]
 
 
 @pytest.mark.parametrize("build", BUILDS)

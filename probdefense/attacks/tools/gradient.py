@@ -1,5 +1,6 @@
 """The gradient of an attacker's loss with respect to the input: the only caller of autograd."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ def _backward(values: Tensor, point: Inputs, where: str, *, keep: bool = False) 
     if gradient is None:
         raise _detached(where)
     # One sum sees every NaN and infinity; which examples they are in is asked only then.
-    if not watching.immediate(gradient) or not bool(torch.isfinite(gradient.sum())):
+    if not watching.immediate(gradient) or not math.isfinite(gradient.sum()):
         fine = torch.isfinite(gradient.flatten(1)).all(1)
         watching.require(fine.all(), lambda: _not_finite(fine, where))
     return gradient

@@ -175,12 +175,12 @@ def certified_vs_empirical(
     rule: str | None = None,
     ax: Any = None,
 ) -> Any:
-    """Accuracy certified at each radius, beside the accuracy that an L2 attack leaves.
+    """Accuracy certified at each radius, beside the accuracy that an attack in the same norm leaves.
 
     Args:
         certificate: From `certify`.
         y: True classes, ``(batch,)``.
-        report: The same defense under an L2 attack, at several radii or of minimum norm.
+        report: The same defense attacked in the norm of the certificate, at several radii or of minimum norm.
         attack: Which attack of the report; the last by default.
         rule: Which rule of the report; the first by default.
         ax: Axes to draw on.
@@ -200,12 +200,13 @@ def certified_vs_empirical(
     """
     check_kind("certificate", certificate, Certificate, "probdefense.certify(...) makes one")
     check_labels(y, len(certificate.label))
+    norm = f"{certificate.norm:g}"
     if report is not None:
         rule = rule_of(report, rule)
-        if str(report.settings.get("norm")) != "2":
+        if str(report.settings.get("norm")) != norm:
             raise ValueError(
-                f"expected a report in the L2 norm, got norm {report.settings.get('norm')}; evaluate with "
-                "norm=2"
+                f"expected a report in the L{norm} norm, got norm {report.settings.get('norm')}; evaluate "
+                f"with norm={norm}"
             )
     ax, reach = new_axes(ax, (4.8, 4.0)), 1.1 * max(float(certificate.radius.max()), 1e-6)
     if report is not None and rule is not None:
@@ -218,7 +219,7 @@ def certified_vs_empirical(
     ax.fill_between(radii, shares, color=COLORS[0], alpha=0.15, linewidth=0)
     ax.plot(radii, shares, color=COLORS[0], linewidth=2)
     note(ax, "certified", (0, 0), (8, 8), color=COLORS[0])
-    quiet(ax).set_xlabel("L2 radius (pixels)")
+    quiet(ax).set_xlabel(f"L{norm} radius (pixels)")
     percent(ax, "y")
     ax.set_xlim(0, reach)
     ax.locator_params(axis="x", nbins=6)

@@ -113,6 +113,17 @@ def test_certified_accuracy_falls_where_the_radii_end():
         analysis.certified_vs_empirical(certificate, label, report())
 
 
+def test_a_certificate_and_an_attack_are_compared_in_the_norm_of_the_certificate():
+    label, radius = torch.zeros(10).long(), torch.linspace(0.05, 0.5, 10)
+    certificate = Certificate(
+        label, radius, radius, label, sigma=0.25, alpha=0.001, norm=1.0, family="laplace"
+    )
+    ax = analysis.certified_vs_empirical(certificate, label, report(norm="1").only("plain"))
+    assert ax.get_xlabel() == "L1 radius (pixels)"
+    with pytest.raises(ValueError, match="expected a report in the L1 norm, got norm 2"):
+        analysis.certified_vs_empirical(certificate, label, report(norm="2"))
+
+
 def test_convergence_in_the_draws_says_whether_budgets_are_equal():
     ax = analysis.eot_convergence(report())
     assert dots(ax)[0].tolist() == [[1, pytest.approx(0.7)], [16, pytest.approx(0.3)]]

@@ -79,8 +79,8 @@ def open_ledger() -> Ledger:
 
 
 def deferred(tensor: Tensor) -> bool:
-    """Whether numbers of this tensor are looked at when a ledger is read."""
-    return getattr(_OPEN, "ledger", None) is not None and not immediate(tensor)
+    """Whether numbers of this tensor are looked at when a ledger is read, or never: a graph has none."""
+    return EXPORTING() or (getattr(_OPEN, "ledger", None) is not None and not immediate(tensor))
 
 
 def require(fine: Tensor, error: Callable[[], Exception]) -> None:

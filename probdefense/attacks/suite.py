@@ -111,17 +111,15 @@ def suite(
         return rows[doubt > 0]
 
     rows, left = standing(x, clean), len(x) * (budget - judging - width)
-    plan = [
-        (stage, count, stage.fixed + stage.each * count + judging)
-        for stage, count in zip(stages, counts, strict=True)
-    ]
+    plan = list(zip(stages, counts, strict=True))
     again = [each for each in plan if each[0].again] * ROUNDS
-    for number, (stage, count, cost) in enumerate(track([*plan, *again], "suite")):
+    for number, (stage, most) in enumerate(track([*plan, *again], "suite")):
         if len(rows) == 0:
             break
-        if len(rows) * cost > left:
+        count = min(most, (left // len(rows) - stage.fixed - judging) // stage.each)
+        if count < min(most, LEAST):
             continue
-        left -= len(rows) * cost
+        left -= len(rows) * (stage.fixed + stage.each * count + judging)
         one, function = partial(stage.attack, **{stage.unit: count}), Samples(logits_fn, stage.draws)
         options: dict[str, Any] = {"eps": ball.take(rows).eps, "norm": norm}
         if target is not None:

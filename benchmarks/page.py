@@ -44,9 +44,10 @@ PEERS = ("foolbox", "pyautoattack", "bayesian_torch", "torch_blue", "torchattack
 
 HEAD = """# Benchmarks
 
-Made by `python -m benchmarks`; nothing here is written by hand. Variants of a row take turns, and the ratio is
-the median over rounds of the ratio within a round, by CPU time of one thread on a CPU and by wall time on a
-GPU: absolute times of a shared machine are noise. Quartiles stand in brackets.
+Made by `python -m benchmarks`; nothing here is written by hand. Variants of a row take turns, and the ratio
+is the median over rounds of the ratio within a round, by CPU time of one thread on a CPU and by wall time on
+a GPU: absolute times of a shared machine are noise. Quartiles stand in brackets. *Before* is what was measured
+when the targets were set, on another machine; *by hand* is the same work written with torch alone.
 
 """
 

@@ -81,7 +81,7 @@ def swapped(net: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         for name, tensor in tensors.items():
             path, _, attribute = name.rpartition(".")
             if path not in owners:
-                owners[path] = net.get_submodule(path)
+                owners[path] = _at(net, path)
             owner = owners[path]
             table: Any = owner._parameters if attribute in owner._parameters else owner._buffers
             before.append((table, attribute, table[attribute]))
@@ -90,6 +90,13 @@ def swapped(net: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for table, attribute, tensor in reversed(before):
             table[attribute] = tensor
+
+
+def _at(net: nn.Module, path: str) -> Any:
+    """As ``net.get_submodule(path)``, without its checks, which take 10 times longer."""
+    for name in path.split(".") if path else ():
+        net = net._modules[name]  # type: ignore[assignment]
+    return net
 
 
 def _restore(modes: Mapping[nn.Module, bool]) -> None:

@@ -33,7 +33,7 @@ WIDER = 1e-12
 """Relative, and more than the rounding of sums and functions."""
 
 MONOTONE = (
-    *(nn.ReLU, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool1d, nn.MaxPool2d),
+    *(nn.ReLU, nn.Flatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d),
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.Unflatten),
 )
 """Layers whose outputs grow with their inputs: both ends of a box go through."""
@@ -108,6 +108,8 @@ def _layer(module: Any, path: str, parameters: Mapping[str, Uncertain]) -> Layer
 
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(f"expected a network without hooks, found one at {path!r}; its bounds are not known")
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return Layer(nn.Identity())  # whatever its mode: nothing but the weights is random
     if type(module) in MONOTONE:
         return Layer(module)
     if type(module) is nn.Linear:

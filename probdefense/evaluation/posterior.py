@@ -209,7 +209,8 @@ def _by_tails(layers: list[Layer], box: Box, label: Labels) -> Tensor:
             rows = label == wanted
             center, inputs, weights = spreads(last, hidden.only(rows), tails=True)
             margin = center - inputs
-            failing = ndtr(-margin / weights.clamp_min(1e-300)).where(weights > 0, (margin <= 0).double())
+            # The bound of tails holds beyond the mean only: a margin that is not positive there fails.
+            failing = ndtr(-margin / weights.clamp_min(1e-300)).where(margin > 0, 1.0)
             bound = 1 - (outside + failing.sum(1)) * (1 + 1e-9) - 1e-12
             best[rows] = best[rows].maximum(bound)
     return best

@@ -175,6 +175,13 @@ def test_a_tie_is_not_certified():
     assert not bool(found.certified.any())
 
 
+def test_a_mode_of_training_changes_no_bound():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    defense, x = pd.defenses.bayesian(seeded(net), init_scale=1e-3), inputs((4,), 5)
+    still, moving = (pd.certify_posterior(d, x, eps=0.01) for d in (defense.eval(), defense.train()))
+    assert torch.equal(still.probability, moving.probability) and torch.equal(still.label, moving.label)
+
+
 def test_the_vote_of_a_certified_image_is_its_label():
     defense, x = pd.defenses.bayesian(dense(), init_scale=0.05), inputs((6,), 60)
     found = pd.certify_posterior(defense, x, eps=0.01)

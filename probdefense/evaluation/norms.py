@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from probdefense.evaluation.report import Report, Row, check_report, proportion
+from probdefense.validation import check_kind
 
 USUAL_RADII = {1.0: 12.0, 2.0: 0.5, math.inf: 8 / 255}
 """Radii in pixels that are in use for 32x32 color images, by norm."""
@@ -52,6 +53,7 @@ def worst_over_norms(reports: Sequence[Report]) -> list[Row]:
         >>> [(row["defense"], row["eps"]) for row in worst_over_norms(several)][:1]
         [('net', 'l1 0.1, l2 0.1, l-inf 0.1')]
     """
+    check_kind("reports", reports, (list, tuple), "give [report, ...], one per norm")
     reports = [check_report(report, "every report") for report in reports]
     _check(reports)
     places = [_place(report) for report in reports]

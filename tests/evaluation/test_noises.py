@@ -84,7 +84,7 @@ def soft_net():
     return net
 
 
-def attacked(defense, x, label, radius, norm, rule, steps=12):
+def attacked(defense, x, label, radius, norm, rule, steps=8):
     """Points in the certified balls where the share of the label is low, by gradients of many draws."""
     point, like = x.clone(), radius.unsqueeze(1)
     for step in range(steps):
@@ -123,7 +123,7 @@ def test_no_attacked_image_within_its_radius_changes(family, norm, rule):
     point = attacked(defense, x[held], label, found.radius[held], norm, rule)
     assert bool((lp_norm(point - x[held], norm) <= found.radius[held]).all())
     with torch.no_grad():
-        logits = torch.cat([defense(point, 1) for _ in range(400)])
+        logits = defense(point, 400)
     if rule == "vote":
         against = clopper_pearson_low((logits.argmax(-1) != label).sum(0).numpy(), 400, FAILURE_RATE / 200)
     else:

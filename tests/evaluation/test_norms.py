@@ -82,4 +82,10 @@ def test_several_radii_are_refused():
         pd.worst_over_norms(several)
 
 
+def test_something_else_than_reports_is_refused():
+    for other in (3, [3], "reports"):
+        with pytest.raises(TypeError, match=r"expected (every )?reports? as"):
+            pd.worst_over_norms(other)
+
+
 NET = pd.deterministic(tiny_net().eval())

@@ -46,7 +46,7 @@ HEAD = """# Benchmarks
 
 Made by `python -m benchmarks`; nothing here is written by hand. Variants of a row take turns, and the ratio
 is the median over rounds of the ratio within a round, by CPU time of one thread on a CPU and by wall time on
-a GPU: absolute times of a shared machine are noise. Quartiles stand in brackets. *Before* is what was measured
+a GPU: absolute times of a shared machine are noise. Quartiles stand in brackets. *Before* was measured
 when the targets were set, on another machine; *by hand* is the same work written with torch alone.
 
 """

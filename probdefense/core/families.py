@@ -258,7 +258,7 @@ class _Drawn(torch.autograd.Function):
         loc, scale, eps, sigma = ctx.saved_tensors
         pull = of_kl / sigma**2
         of_scale = torch.addcmul(scale * pull, slope, eps)
-        return torch.addcmul(slope, loc, pull), of_scale.mul_(scale).sub_(of_kl), None, None
+        return torch.addcmul(slope, loc, pull), torch.addcmul(-of_kl, scale, of_scale), None, None
 
 
 def drawn_with_kl(

@@ -104,7 +104,7 @@ def main() -> None:
     there = [item for item in ITEMS if (RESULTS / f"{item}.json").exists()]
     for item in there:
         (RESULTS / f"{item}.md").write_text(page(json.loads((RESULTS / f"{item}.json").read_text())))
-    (RESULTS / "index.md").write_text(overview(there, [item for item in ITEMS if item not in there]))
+    (RESULTS / "tables.md").write_text(overview(there, [item for item in ITEMS if item not in there]))
 
 
 if __name__ == "__main__":

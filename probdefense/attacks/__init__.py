@@ -16,7 +16,8 @@ from probdefense.attacks.pgd import bim, mim, pgd
 from probdefense.attacks.spsa import spsa
 from probdefense.attacks.square import square
 from probdefense.attacks.substitute import substitute
-from probdefense.attacks.suite import least_budget, suite
+from probdefense.attacks.suite import least_budget as least_budget
+from probdefense.attacks.suite import suite
 from probdefense.attacks.tools import diagnostics as diagnostics
 from probdefense.attacks.transfer import transfer
 from probdefense.attacks.worst_of import worst_of
@@ -46,7 +47,6 @@ __all__ = [  # noqa: RUF022
     "bpda",
     "arc",
     "suite",
-    "least_budget",
     "worst_of",
     "fpa",
     "gmsa",

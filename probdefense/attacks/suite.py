@@ -38,7 +38,7 @@ TARGETS = 2
 """Wrong classes that are climbed toward."""
 
 ROUNDS = 10
-"""So often at most the stages with gradients run once more on what stands."""
+"""So often at most the stages with gradients run once more, on what rounding has left."""
 
 LEAST = 10
 """Steps or answers that a stage needs to be worth its place."""
@@ -66,8 +66,8 @@ def suite(
     loss, and many on the margin of the mean probability, which listens to the draws that are undecided:
     beside plain EOT these left 1.5 and 1.6 points less on noise, 3.2 and 7.0 on dropout, and no more beyond
     the interval on transforms and an ensemble (``benchmarks/selective.py``). Without randomness it is a usual
-    suite with an active set. What fallen images leave of the budget is spent on those that stand, by the
-    stages with gradients once more.
+    suite with an active set. An image that stands gets its whole budget, and not what others leave of theirs,
+    because no point may depend on the rest of the batch.
 
     Args:
         logits_fn: What is attacked; the suite chooses the draws per call itself.
@@ -75,8 +75,8 @@ def suite(
         y: True classes, ``(batch,)``.
         eps: Radius in pixels.
         norm: 1 (without Square), 2 or ``inf``.
-        budget: Forward evaluations per image on average at most, every draw counting as one and the
-            judge's included; nearly all of them with a gradient. `least_budget` tells the smallest.
+        budget: Forward evaluations per image at most, every draw counting as one and the judge's
+            included; nearly all of them with a gradient. `least_budget` tells the smallest.
         rule: The decision that must be wrong.
         target: Classes wanted; nothing else counts.
         seed: An int, one per example, or a generator; fixes every random number of the attacks.
@@ -110,16 +110,16 @@ def suite(
         best.offer(points, doubt, rows)
         return rows[doubt > 0]
 
-    rows, left = standing(x, clean), len(x) * (budget - judging - width)
+    rows, left = standing(x, clean), budget - judging - width
     plan = list(zip(stages, counts, strict=True))
     again = [each for each in plan if each[0].again] * ROUNDS
     for number, (stage, most) in enumerate(track([*plan, *again], "suite")):
         if len(rows) == 0:
             break
-        count = min(most, (left // len(rows) - stage.fixed - judging) // stage.each)
+        count = min(most, (left - stage.fixed - judging) // stage.each)
         if count < min(most, LEAST):
             continue
-        left -= len(rows) * (stage.fixed + stage.each * count + judging)
+        left -= stage.fixed + stage.each * count + judging
         one, function = partial(stage.attack, **{stage.unit: count}), Samples(logits_fn, stage.draws)
         options: dict[str, Any] = {"eps": ball.take(rows).eps, "norm": norm}
         if target is not None:

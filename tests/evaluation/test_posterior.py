@@ -126,6 +126,32 @@ def test_one_random_weight_has_the_mass_of_its_interval():
     assert two == pytest.approx(exact, abs=1e-4) and two < exact
 
 
+def test_an_output_leaves_its_tails_as_rarely_as_stated():
+    """The largest output over the box of inputs, for 50,000 draws of six weights and a bias."""
+    generator = torch.Generator().manual_seed(4)
+    mean, deviation, middle, half = (torch.rand(6, generator=generator).double() for _ in range(4))
+    mean, half = mean - 0.5, 0.3 * half
+    parts = {
+        "0.weight": Uncertain(mean[None], deviation[None]),
+        "0.bias": Uncertain(torch.zeros(1), torch.ones(1)),
+    }
+    parts = {name: Uncertain(*(value.double() for value in part)) for name, part in parts.items()}
+    layer = layers_of(nn.Sequential(nn.Linear(6, 1)), parts)
+    weights = mean + deviation * torch.randn(50_000, 6, generator=generator).double()
+    bias = torch.randn(50_000, generator=generator).double()
+    highest = weights @ middle + weights.abs() @ half + bias
+    lowest = weights @ middle - weights.abs() @ half + bias
+    for reach in (0.5, 1.0, 2.0, 3.0):
+        bounds = through(layer, Box((middle - half)[None], (middle + half)[None]), reach)
+        tail = float(torch.special.ndtr(torch.tensor(-reach)))
+        allowed = tail + 4.3 * math.sqrt(tail * (1 - tail) / 50_000)
+        for outside in (highest > bounds.high, lowest < bounds.low):
+            assert (
+                allowed / 6 < float(outside.double().mean()) + 1e-3
+                and float(outside.double().mean()) < allowed
+            )
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_of_weights_and_inputs_in_boxes_are_within_bounds(name):
     make, shape = NETS[name]

@@ -80,7 +80,7 @@ def test_no_name_has_two_pages():
 
 def test_the_nav_and_the_pages_agree():
     assert len(NAV) == len(set(NAV)) > 40
-    assert sorted(NAV) == [str(page.relative_to(DOCS)) for page in PAGES]
+    assert sorted(NAV) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
 
 
 def slug(title):

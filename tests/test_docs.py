@@ -129,7 +129,7 @@ METHODS = [
 ] + [
     f"probdefense.{name}"
     for name in (
-        *("certify", "rmc", "compare", "evaluate", "predict"),
+        *("certify", "certify_posterior", "rmc", "compare", "evaluate", "predict"),
         *(
             f"defenses.{each}"
             for each in ["rse", "bayesian", "pni", "mc_dropout", "ensemble", "jump_relu", "brelu"]
@@ -144,6 +144,9 @@ METHODS = [
                 "trades",
                 "distilled",
                 "gaussian_augmented",
+                "smooth_adversarial",
+                "consistency",
+                "stability",
             ]
         ),
     )

@@ -58,14 +58,13 @@ def held_still(net: nn.Module) -> Iterator[None]:
 
 def modules_of(net: nn.Module) -> list[nn.Module]:
     """Every module of a network once, as ``net.modules()``, without the names that make that slow."""
-    found: dict[int, nn.Module] = {}
-    left = [net]
-    while left:
-        module = left.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            left += [child for child in module._modules.values() if child is not None]
-    return list(found.values())
+    found, seen = [net], {id(net)}
+    for module in found:  # which grows meanwhile
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
 
 
 @contextmanager

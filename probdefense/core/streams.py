@@ -6,8 +6,9 @@ passes in which the call is computed, so a pass can be run again instead of bein
 
 import itertools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -132,11 +133,27 @@ class Keys:
         """Each draw from its own key; a choice of members from the key of the call."""
         found: dict[str, list[Tensor]] = {site.name: [] for site in self.model.global_sites}
         with self._tracked():
-            for draw in draws:
+            normal = self._normal()
+            eps = {n: q.loc.new_empty((len(draws), len(q.loc))) for n, q in normal.items()}
+            for row, draw in enumerate(draws):
                 generator = self._generator(draw, 0)
                 for site in self.model.global_sites:
-                    found[site.name].append(self._value(site, draw, generator))
-        return {name: _joined(values) for name, values in found.items()}
+                    if site.name in eps:  # in place, because many draws of small networks are all overhead
+                        drawn = eps[site.name][row].normal_(generator=generator)
+                        drawn = drawn.neg_() if self.antithetic and draw % 2 else drawn
+                    else:
+                        found[site.name].append(self._value(site, draw, generator))
+            for name, q in normal.items():
+                eps[name] = torch.addcmul(q.loc, q.scale, eps[name], out=eps[name])
+        return {name: eps[name] if name in eps else _joined(values) for name, values in found.items()}
+
+    def _normal(self) -> dict[str, Any]:
+        """The posteriors of long vectors of independent normal numbers, where no gradient is asked for."""
+        if torch.is_grad_enabled():
+            return {}
+        sites = [self.sites.of(site) for site in self.model.global_sites if type(site).draw is Site.draw]
+        found = {site.name: site.distribution("posterior") for site in sites if site.posterior is not None}
+        return {name: q for name, q in found.items() if type(q) is dist.Normal and q.loc.dim() == 1}
 
     def _value(self, site: Site, draw: int, generator: torch.Generator) -> Tensor:
         if isinstance(site, MemberSite):

@@ -35,9 +35,9 @@ class Fault(NamedTuple):
 FAULTS = {
     # core
     "mean field scale without its floor": Fault(
-        "core/families.py",
-        "return scale + self.floor if self.floor else scale",
-        "return scale",
+        "ops.py",
+        "return rho.exp() + floor if floor else rho.exp()",
+        "return rho.exp()",
         "tests/defenses/test_bayesian.py",
     ),
     "KL of a flat site without its logarithm": Fault(
@@ -60,26 +60,56 @@ FAULTS = {
     ),
     "frozen draws that ignore their seed": Fault(
         "core/vectorized.py",
-        'forked(derive(self.seed, "noise"), x.device)',
-        "forked(0, x.device)",
+        "keys = Keys(self.model, seed, num_samples, ids, True, device=device, frozen=True)",
+        "keys = Keys(self.model, 0, num_samples, ids, True, device=device, frozen=True)",
         "tests/core/test_defense.py",
     ),
     "every draw of a call is the first": Fault(
         "core/streams.py",
-        "generator = keyed(mixed(self.seed, draw, tile + 1), ids.device)",
-        "generator = keyed(mixed(self.seed, 0, tile + 1), ids.device)",
+        "generator = self._generator(draw, tile + 1)",
+        "generator = self._generator(0, tile + 1)",
         "tests/evaluation/test_chunks.py tests/evaluation/test_streams_apart.py",
+    ),
+    "antithetic noise that is not flipped": Fault(
+        "core/streams.py",
+        "return site.mirrored(value) if self.antithetic and draw % 2 else value",
+        "return value",
+        "tests/core/test_antithetic.py",
+    ),
+    "antithetic weights that are not flipped": Fault(
+        "core/streams.py",
+        "drawn = drawn.neg_() if self.antithetic and draw % 2 else drawn",
+        "pass",
+        "tests/core/test_antithetic.py",
+    ),
+    "an attack that decides on paired draws": Fault(
+        "attacks/tools/gradient.py",
+        "return logits_fn(x, num_samples, **independent(logits_fn))",
+        "return logits_fn(x, num_samples)",
+        "tests/core/test_antithetic.py",
+    ),
+    "local noise of the standard deviation's sum": Fault(
+        "core/local.py",
+        "variance = _apply(layer, x.square(), moments.weight_variance, moments.bias_variance)",
+        "variance = _apply(layer, x.abs(), moments.weight_variance, moments.bias_variance)",
+        "tests/core/test_local.py",
+    ),
+    "an early exit that forgets the radius": Fault(
+        "evaluation/standing.py",
+        "if each.eps <= run.eps]",
+        "]",
+        "tests/evaluation/test_standing.py",
     ),
     "every tile of a call is the first": Fault(
         "core/streams.py",
-        "generator = keyed(mixed(self.seed, draw, tile + 1), ids.device)",
-        "generator = keyed(mixed(self.seed, draw, 1), ids.device)",
+        "generator = self._generator(draw, tile + 1)",
+        "generator = self._generator(draw, 1)",
         "tests/evaluation/test_chunks.py",
     ),
     "passes share one draw of the weights": Fault(
         "core/streams.py",
-        "generator = keyed(mixed(self.seed, draw, 0), self.ids.device)",
-        "generator = keyed(mixed(self.seed, 0, 0), self.ids.device)",
+        "generator = self._generator(draw, 0)",
+        "generator = self._generator(0, 0)",
         "tests/evaluation/test_streams_apart.py",
     ),
     "dropout not rescaled": Fault(
@@ -194,7 +224,7 @@ FAULTS = {
     ),
     "the worst case is chosen by the verdict": Fault(
         "evaluation/verdicts.py",
-        "drawn = draw_groups(self.logits_fn, points, SELECTION_SAMPLES, selection, first)",
+        "drawn = draw_groups(self.logits_fn, points, SELECTION_SAMPLES, selection, first, self.kept)",
         "drawn = groups",
         "tests/evaluation",
     ),

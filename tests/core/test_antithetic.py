@@ -57,7 +57,8 @@ def test_single_draws_of_a_pair_are_distributed_as_ever():
 
 
 @pytest.mark.parametrize("build", [rse, bayesian, lambda net: rse(bayesian(net))])
-def test_all_sites_flip_jointly_about_the_location(build, monkeypatch):
+@pytest.mark.parametrize("tracked", [True, False])
+def test_all_sites_flip_jointly_about_the_location(build, tracked, monkeypatch):
     seen: list[dict[str, Tensor]] = []
     defense, (x, _) = build(tiny_net()).eval(), tiny_batch(3)
     kept = defense._engine.__class__._run
@@ -70,7 +71,8 @@ def test_all_sites_flip_jointly_about_the_location(build, monkeypatch):
     monkeypatch.setattr(defense._engine.__class__, "_run", noted)
     defense(x, 5)  # measures the layers
     seen.clear()
-    defense.samples(5, draws="antithetic")(x)
+    with torch.set_grad_enabled(tracked):
+        defense.samples(5, draws="antithetic")(x)
     center = {site.name: site.center() for site in defense.sites.values() if not site.local}
     for first, second in ((0, 1), (2, 3)):
         for name, value in seen[first].items():

@@ -6,6 +6,7 @@ The value of a global site carries a leading draw axis ``(draws, D)``; that of a
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,7 +143,11 @@ class Vectorized:
                 kept[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
-        with forked(0, image.device), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with (
+            suppress(Exception),  # whatever a network says to one image: the pass itself says it of all
+            forked(0, image.device),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
             self._pass(stream, range(1), range(1), weights, None, image)
         return Sizes(max(1, sum(kept.values())), max(image.nbytes, *kept.values(), 1))
 

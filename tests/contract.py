@@ -17,8 +17,8 @@ from probdefense.objectives import (
     distilled,
     elbo,
     gaussian_augmented,
-    information_gain,
     harmonic,
+    information_gain,
     mixed,
     multi_sample,
     rewarded,
@@ -187,9 +187,7 @@ OBJECTIVES = {
     "gaussian_augmented": gaussian_augmented(elbo, sigma=0.1),
     "rewarded": rewarded(elbo, harmonic(0.1, num_steps=2), reward=lambda defense, x: defense(x).std()),
     "svgd": svgd(),
-    "information_gain": information_gain(
-        elbo, partial(pd.attacks.pgd, eps=0.1, num_steps=2), weight=0.5
-    ),
+    "information_gain": information_gain(elbo, partial(pd.attacks.pgd, eps=0.1, num_steps=2), weight=0.5),
     "trades": trades(partial(pd.attacks.pgd, eps=0.1, num_steps=2), beta=2.0),
     "smooth_adversarial": smooth_adversarial(elbo, partial(pd.attacks.pgd, norm=2, eps=0.3, num_steps=2)),
     "smooth_adversarial, consistent": smooth_adversarial(

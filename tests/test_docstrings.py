@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import sys
 import math
 import pkgutil
 from functools import partial
@@ -22,4 +23,6 @@ def test_examples(name):
     names = {"torch": torch, "math": math, "partial": partial}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     result = doctest.testmod(module, extraglobs=names, optionflags=flags)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
     assert result.failed == 0

@@ -280,8 +280,9 @@ def _easy_targets(logits_fn: LogitsFn, x: Inputs, y: Labels, count: int, norm: N
 
     slopes = input_jacobian(logits_fn, x, ahead, where="apgd, the order of targets")
     steepness = torch.stack([lp_norm(slope, DUAL[norm]) for slope in slopes.gradient])
-    distance = (-slopes.value / steepness.clamp_min(1e-30)).nan_to_num(torch.inf)
-    order = distance.T.argsort(dim=1, stable=True)
+    distance = (-slopes.value / steepness.clamp_min(1e-30)).T.nan_to_num(torch.inf)
+    # Where classes are ruled out, the true one may tie with them among the likely.
+    order = distance.masked_fill(likely == y.unsqueeze(1), torch.inf).argsort(dim=1, stable=True)
     return likely.gather(1, order)[:, :count].unbind(1)
 
 

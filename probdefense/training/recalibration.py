@@ -69,8 +69,8 @@ def recalibrate(defense: Any, loader: Batches) -> None:
     try:
         for layer in layers:
             layer.momentum, layer.training = None, True  # None: the plain average over uses of the layer
-        seen = _seen(defense, layers, loader)
-        found = [_blended(*pair) if pair[1] else pair[0] for pair in zip(old, seen, strict=True)]
+        seen = zip(old, *_seen(defense, layers, loader), strict=True)
+        found = [_blended(*each) if each[1] else each[0] for each in seen]
     finally:
         for (layer, momentum, training), numbers in zip(before, found, strict=True):
             layer.momentum, layer.training = momentum, training
@@ -83,17 +83,24 @@ def _read(layer: Any) -> Numbers:
     return mean, var, count
 
 
-def _seen(defense: Any, layers: list[Any], loader: Batches) -> list[list[Numbers]]:
-    """What each layer finds in every batch that it runs in; in the halves of a single one too."""
+def _seen(
+    defense: Any, layers: list[Any], loader: Batches
+) -> tuple[list[list[Numbers]], list[list[Numbers]]]:
+    """What each layer finds in every batch that it runs in, and in parts that tell how it spreads.
+
+    The parts are the batches themselves, or the halves of a single one.
+    """
     seen: list[list[Numbers]] = [[] for _ in layers]
     single: Tensor | None = None
     for number, (x, _) in enumerate(batches(loader, next(layers[0].buffers()).device)):
         _see(defense, layers, x, seen)
         single = x if number == 0 else None
-    if single is not None and len(single) >= 4:  # whose error would not be known
-        for half in single.chunk(2):
-            _see(defense, layers, half, seen)
-    return seen
+    if single is None or len(single) < 4:
+        return seen, seen
+    halves: list[list[Numbers]] = [[] for _ in layers]
+    for half in single.chunk(2):
+        _see(defense, layers, half, halves)
+    return seen, halves
 
 
 def _see(defense: Any, layers: list[Any], x: Inputs, seen: list[list[Numbers]]) -> None:
@@ -107,23 +114,24 @@ def _see(defense: Any, layers: list[Any], x: Inputs, seen: list[list[Numbers]]) 
             found.append(_read(layer))
 
 
-def _blended(old: Numbers, seen: list[Numbers]) -> Numbers:
+def _blended(old: Numbers, seen: list[Numbers], parts: list[Numbers]) -> Numbers:
     """New statistics, with the share of the old ones that they leave room for."""
     means, variances, counts = (torch.stack(part) for part in zip(*seen, strict=True))
+    spread = [torch.stack(part) for part in zip(*parts, strict=True)]
     scale = variances.mean(0).clamp_min(torch.finfo(variances.dtype).tiny)
     fresh = not bool(old[0].any()) and bool((old[1] == 1).all())  # as a new layer has them
-    mean = _shrunk(means, old[0], scale.sqrt(), fresh)
-    return mean, _shrunk(variances, old[1], scale, fresh), counts.sum()
+    mean, var = means.mean(0), variances.mean(0)
+    if not fresh:
+        mean = _shrunk(mean, spread[0], old[0], scale.sqrt())
+        var = _shrunk(var, spread[1], old[1], scale)
+    return mean, var, counts.sum()
 
 
-def _shrunk(seen: Tensor, old: Tensor, scale: Tensor, fresh: bool) -> Tensor:
-    """The average over batches ``(batches, channels)``, drawn to the old statistic ``(channels,)``."""
-    new = seen.mean(0)
-    if fresh:
-        return new
-    if len(seen) == 1:
+def _shrunk(new: Tensor, parts: Tensor, old: Tensor, scale: Tensor) -> Tensor:
+    """The average over batches, ``(channels,)``, drawn to the old one by the spread of its parts."""
+    if len(parts) == 1:
         return (new + old) / 2
-    error = (seen.var(0) / len(seen) / scale.square()).sum()
+    error = (parts.var(0) / len(parts) / scale.square()).sum()
     distance = ((new - old) / scale).square().sum()
     share = torch.where(distance > error, error / distance, 1.0)
     return new + share * (old - new)

@@ -2,9 +2,9 @@
 
 import doctest
 import importlib
-import sys
 import math
 import pkgutil
+import sys
 from functools import partial
 
 import pytest

@@ -94,13 +94,14 @@ class Exports:
         variables: dict[str, Any] = {}
         for name in [each for each in numbers if each not in PLACE]:
             variables[name] = PLACE, _placed(shape, at, [row.get(name) for row in self.rows])
-        labels = [self.arrays.get(self.arrays.key("labels", name)) for name in self.defenses]
-        first = labels[0] if labels else None
-        if first is not None and all(each is not None and np.array_equal(each, first) for each in labels):
+        kept = self.arrays
+        seen = [[kept.get(kept.key(kind, name)) for kind in ("labels", "ids")] for name in self.defenses]
+        first, ids = seen[0] if seen else (None, None)
+        if first is not None and all(np.array_equal(*pair) for each in seen for pair in zip(each, seen[0], strict=True)):
             correct = [self.arrays.at("correct", *(row[name] for name in PLACE)).mean(0) for row in self.rows]
             variables["correct"] = (*PLACE, "example"), _placed((*shape, len(first)), at, correct)
             variables["label"] = ("example",), first
-            coords["example"] = self.arrays.at("ids", self.defenses[0]).tolist()
+            coords["example"] = ids.tolist()
         return xarray.Dataset(variables, coords, {"settings": json.dumps(self.settings, default=str)})
 
     def to_markdown(self, columns: tuple[str, ...] = COLUMNS) -> str:

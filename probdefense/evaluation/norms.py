@@ -17,6 +17,9 @@ from probdefense.validation import check_kind
 USUAL_RADII = {1.0: 12.0, 2.0: 0.5, math.inf: 8 / 255}
 """Radii in pixels that are in use for 32x32 color images, by norm."""
 
+ROUNDING = 0.02
+"""Probabilities of one defense on the same inputs and draws differ by less, on whatever device."""
+
 SAME = ("num_samples", "seed", "estimand", "pixels")
 """Settings that the reports must share."""
 
@@ -95,6 +98,11 @@ def _place(report: Report) -> tuple[str, str, float]:
     return name, attack, next(iter(radii))[1]
 
 
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether clean inputs got the same answers: verdict draws depend on the seed alone."""
+    return one.shape == other.shape and bool((np.abs(one - other) < ROUNDING).all())
+
+
 def _check(reports: list[Report]) -> None:
     """Refuses reports that are not of the same defenses, examples and settings at several norms.
 
@@ -109,12 +117,16 @@ def _check(reports: list[Report]) -> None:
     first = reports[0]
 
     def known(report: Report) -> Any:
-        labels = {name: report.arrays.at("labels", name).tobytes() for name in report.defenses}
+        kinds = [(kind, name) for kind in ("labels", "ids") for name in report.defenses]
+        examples = {place: report.arrays.at(*place).tobytes() for place in kinds}
         rules = sorted({row["rule"] for row in report.rows})
-        return [report.settings.get(name) for name in SAME], labels, rules
+        return [report.settings.get(name) for name in SAME], examples, rules
+
+    def answers(report: Report) -> list[np.ndarray]:
+        return [np.exp(report.arrays.at("log_probs", name, "clean", 0.0)) for name in report.defenses]
 
     for other in reports[1:]:
-        if known(other) != known(first):
+        if known(other) != known(first) or not all(map(_alike, answers(other), answers(first))):
             raise ValueError(
                 "expected reports of the same defenses, examples, rules, draws and seed, got some that "
                 "differ in more than the norm; evaluate with the same ones"

@@ -183,3 +183,21 @@ def test_bad_weights_are_refused():
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0]):
         with pytest.raises(ValueError, match="expected weights as 2 numbers"):
             from_samples(made[0], states(made), weights=weights)
+
+
+@pytest.mark.parametrize("noisy", [pd.defenses.pni, pd.defenses.random_filters], ids=lambda b: b.__name__)
+def test_states_may_hold_the_coefficients_of_noise_on_weights(noisy):
+    made = [noisy(net) for net in nets(3)]
+    x, _ = tiny_batch(5)
+    for k, one in enumerate(made):
+        for name, value in one.net.named_parameters():
+            if name.endswith((".alpha", ".log_scale")):
+                value.data.fill_(0.0 if name.endswith("alpha") else -100.0 - k)
+    defense = from_samples(made[0], [one.net.state_dict() for one in made])
+    if noisy is pd.defenses.pni:  # without noise they are the networks themselves
+        torch.testing.assert_close(defense(x, 3).softmax(-1).mean(0), mean_of(nets(3), x))
+    draws = defense.draw(x)
+    chosen = int(draws["weights"])
+    torch.testing.assert_close(
+        defense.at(draws)(x), made[chosen].at({n: v for n, v in draws.items() if n != "weights"})(x)
+    )

@@ -58,6 +58,15 @@ def test_xarray_of_defenses_on_other_examples_has_no_axis_of_examples():
     assert "correct" not in found and float(found["num_examples"].sel(defense="other")[0, 0, 0]) == 4
 
 
+def test_xarray_of_equal_labels_of_other_examples_has_no_axis_of_examples():
+    x, y, net = torch.rand(4, 4), torch.zeros(4).long(), pd.deterministic(nn.Linear(4, 3))
+    one, other = (
+        pd.evaluate(net, (x, y), name=str(first), chunk_size=4, first=first, num_samples=4)
+        for first in (0, 4)
+    )
+    assert "correct" in one.to_xarray() and "correct" not in (one + other).to_xarray()
+
+
 def test_tables_count_gradients_per_image():
     one = report()
     row = one.row(attack="fgsm", eps=0.1, rule="mean_prob")

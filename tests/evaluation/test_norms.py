@@ -89,3 +89,17 @@ def test_something_else_than_reports_is_refused():
 
 
 NET = pd.deterministic(tiny_net().eval())
+
+
+def test_reports_of_other_examples_or_of_another_network_do_not_belong_together():
+    x, y, net = torch.rand(8, 4), torch.zeros(8).long(), pd.deterministic(nn.Linear(4, 3))
+    attacks = {"fgsm": pd.attacks.fgsm}
+
+    def seen(norm, defense=net, inputs=x, first=0):
+        return pd.evaluate(defense, (inputs, y), attacks, norm=norm, eps=0.1, chunk_size=8, first=first)
+
+    assert pd.worst_over_norms([seen(2), seen(math.inf)])
+    others = {"defense": pd.deterministic(nn.Linear(4, 3)), "inputs": x.flip(1), "first": 8}
+    for name, other in others.items():
+        with pytest.raises(ValueError, match="of the same defenses, examples"):
+            pd.worst_over_norms([seen(2), seen(math.inf, **{name: other})])

@@ -23,9 +23,9 @@ class WeightNoiseSite(WeightSite):
         filled: dict[str, Tensor] = {}
         for names, eps in zip(self.names, self.views(value).values(), strict=True):
             layer = join(names[0].rpartition(".")[0], self.layer)
-            coefficients = {
+            coefficients = {  # those that have become random are None in the layer
                 name: given.get(f"{layer}.{name}", parameter)
-                for name, parameter in net.get_submodule(layer).named_parameters()
+                for name, parameter in net.get_submodule(layer)._parameters.items()
             }
             weight = given[names[0]] if names[0] in given else _tensor(net, names[0])
             noisy = functional_call(net.get_submodule(layer), coefficients, (weight, eps))

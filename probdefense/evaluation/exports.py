@@ -97,7 +97,9 @@ class Exports:
         kept = self.arrays
         seen = [[kept.get(kept.key(kind, name)) for kind in ("labels", "ids")] for name in self.defenses]
         first, ids = seen[0] if seen else (None, None)
-        if first is not None and all(np.array_equal(*pair) for each in seen for pair in zip(each, seen[0], strict=True)):
+        if first is not None and all(
+            np.array_equal(*pair) for each in seen for pair in zip(each, seen[0], strict=True)
+        ):
             correct = [self.arrays.at("correct", *(row[name] for name in PLACE)).mean(0) for row in self.rows]
             variables["correct"] = (*PLACE, "example"), _placed((*shape, len(first)), at, correct)
             variables["label"] = ("example",), first

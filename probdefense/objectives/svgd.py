@@ -30,7 +30,8 @@ def svgd(
 
     The value is the negative log joint density per example, the mean over particles; its gradient is not that
     of the value, but the Stein direction over each particle's flat parameters. Parameters that belong to no
-    particle get the gradient of `objective`. One network alone is one particle: then this finds the MAP.
+    particle, and coefficients of noise, get the gradient of `objective`. One network alone is one particle:
+    then this finds the MAP.
 
     Args:
         objective: Minus the log-likelihood per example, at clean or attacked inputs, such as `elbo` or
@@ -42,7 +43,8 @@ def svgd(
         ``objective(defense, x, y, **options)``.
 
     Raises:
-        ValueError: a number that is not positive; when it is called, a defense without `num_data`.
+        ValueError: a number that is not positive; when it is called, a defense without `num_data`, or
+            members whose trained parameters differ in their shapes.
 
     References:
         Liu and Wang, 2016, [Stein Variational Gradient Descent: A General Purpose Bayesian Inference
@@ -109,20 +111,33 @@ def stein_direction(theta: Tensor, score: Tensor, bandwidth: float | None = None
         return score
     squares = torch.cdist(theta, theta, compute_mode="donot_use_mm_for_euclid_dist").square()
     if bandwidth is None:
-        pairs = squares[*torch.triu_indices(count, count, 1)]
-        bandwidth = max(float(pairs.sqrt().median()) ** 2 / math.log(count), torch.finfo(theta.dtype).tiny)
+        pairs = squares[*torch.triu_indices(count, count, 1)].sqrt().sort().values
+        median = float(pairs[(len(pairs) - 1) // 2] + pairs[len(pairs) // 2]) / 2
+        bandwidth = max(median**2 / math.log(count), torch.finfo(theta.dtype).tiny)
     kernel = (-squares / bandwidth).exp()
     repulsion = (kernel.sum(1, keepdim=True) * theta - kernel @ theta) * (2 / bandwidth)
     return (kernel @ score + repulsion) / count
 
 
 def _particles(net: nn.Module) -> list[list[nn.Parameter]]:
-    """The trained parameters of each particle; of a network that is none, all of its own."""
+    """The trained parameters of each particle, or of the one network, without coefficients of noise.
+
+    Raises:
+        ValueError: particles of different shapes, or without trained parameters.
+    """
     members = getattr(net, "members", None)
     nets = list(members) if isinstance(members, nn.ModuleList) else [net]
-    groups = [[p for p in each.parameters() if p.requires_grad] for each in nets]
-    shapes: set[tuple[Any, ...]] = {tuple(p.shape for p in group) for group in groups}
-    return groups if len(shapes) == 1 else [[p for group in groups for p in group]]
+    noise = {
+        id(p) for m in net.modules() if getattr(m, "noise_coefficients", False) for p in m.parameters(False)
+    }
+    groups = [[p for p in each.parameters() if p.requires_grad and id(p) not in noise] for each in nets]
+    if not groups[0] or len({tuple(p.shape for p in group) for group in groups}) > 1:
+        raise ValueError(
+            "expected networks whose trained parameters have the same shapes, so that they have a distance, "
+            f"got {[sum(p.numel() for p in group) for group in groups][:8]} trained numbers; build with "
+            "particles(nets), make nothing random that is to move, and freeze the same parts of all"
+        )
+    return groups
 
 
 def _slopes(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -65,6 +65,7 @@ def test_the_direction_is_the_formula_with_derivatives_of_the_kernel(float64):
     torch.testing.assert_close(stein_direction(theta, score, h), wanted)
 
 
+@pytest.mark.slow
 def test_particles_reach_the_mean_and_the_covariance_of_a_normal():
     defense = pd.defenses.particles(plane(60), num_data=1)
     optimizer = torch.optim.Adam(defense.parameters(), lr=0.05)
@@ -178,3 +179,35 @@ def test_bad_settings_are_refused():
         information_gain(elbo, attack, weight=-1.0)
     with pytest.raises(ValueError, match="expected num_samples >= 2"):
         information_gain(elbo, attack, num_samples=1)
+
+
+def test_the_bandwidth_of_an_even_number_of_pairs_is_that_of_the_median(float64):
+    theta, score = torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    h = float(torch.nn.functional.pdist(theta).quantile(0.5)) ** 2 / math.log(4)
+    torch.testing.assert_close(stein_direction(theta, score), stein_direction(theta, score, h))
+
+
+def test_coefficients_of_noise_belong_to_no_particle(float64):
+    """Those of the first member sit on the input of all: as parts of particles they would undo the distance."""
+    nets = [nn.Linear(4, 3).double() for _ in range(3)]
+    silent = {"scale": "learned", "sigma_init": 1e-9, "sigma_inner": 1e-9}
+    noisy = pd.defenses.rse(pd.defenses.particles(nets, num_data=6), before_linear=True, **silent)
+    x, y = torch.rand(6, 4).double(), torch.randint(3, (6,))
+    plain = pd.defenses.particles(nets, num_data=6)
+    for defense in (plain, noisy):
+        svgd()(defense, x, y).backward()
+    for one, other in zip(plain.net.members, noisy.net.members, strict=True):
+        torch.testing.assert_close(other.weight.grad, one.weight.grad, atol=1e-6, rtol=0)
+
+
+def test_members_without_a_distance_are_refused():
+    x, y = torch.rand(2, 4), torch.zeros(2).long()
+    half = pd.defenses.particles([nn.Linear(4, 3), nn.Linear(4, 3)], num_data=2)
+    half.net.members[0].bias.requires_grad_(False)
+    others = pd.defenses.ensemble([nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3))], num_data=2)
+    assert svgd()(others, x, y).isfinite()
+    for defense in (half, pd.defenses.bayesian(others)):
+        with pytest.raises(
+            ValueError, match="expected networks whose trained parameters have the same shapes"
+        ):
+            svgd()(defense, x, y)

@@ -346,6 +346,7 @@ def test_members_and_their_least_loss():
     )
 
 
+@pytest.mark.slow
 def test_gmsa_is_at_least_as_strong_as_static_transfer():
     """50 inputs, three freshly seeded defenders, paired."""
     train, test = pd.data.digits()

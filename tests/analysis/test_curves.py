@@ -61,6 +61,7 @@ def test_the_likelihood_is_a_distribution_and_that_of_the_simulation():
     assert stats.chisquare(groups[0], np.roll(groups[1], 1)).pvalue < FAILURE_RATE
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:R-hat .* do not trust the bands")
 def test_the_curve_recovers_planted_thresholds_and_which_defense_dominates():
     rng = np.random.default_rng(1)

@@ -93,6 +93,7 @@ def test_such_a_prior_trains_and_travels(name, layout, tmp_path):
     assert "posterior" in tree
 
 
+@pytest.mark.slow
 def test_draws_from_a_nested_prior_are_those_of_the_prior():
     defense, (x, _) = defended(PRIORS["correlated rows"]), batch()
     draws = Predictive(defense.model, num_samples=4000)(x)["weights"].view(-1, 4)

@@ -78,6 +78,7 @@ def holds(function, x, label, eps, steps=3):
         return kept & (function(point).argmax(1) == label)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.003, 0.05])
 @pytest.mark.parametrize("name", NETS)
 def test_no_attacked_image_falls_below_its_bound(name, scale):

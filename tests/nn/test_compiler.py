@@ -38,6 +38,7 @@ def test_a_first_defense_and_its_attack_load_no_compiler(build, use):
     assert float(seconds) < 0.3
 
 
+@pytest.mark.slow
 def test_the_compiler_is_seen_where_it_is_loaded():
     code = START.format(build="torch.empty(1, device='meta') + 1", use="")
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -212,6 +212,7 @@ def predictive_on_a_grid(x, y):
     return torch.einsum("k,kb->b", log_posterior.softmax(0), log_probs[..., 1].exp())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [last_layer_nuts, nuts])
 def test_both_samplers_reach_a_posterior_known_on_a_grid(sampler):
     defense, (x, y) = two_weights()

@@ -199,6 +199,7 @@ def test_report_compares_defenses_and_joins_seeds(file, saved, monkeypatch, tmp_
     assert "plain in 1, noisy in 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_report_makes_the_page_of_compare_anew(monkeypatch, tmp_path, capsys):
     """With its checks, certificates and pairs; the pictures of attacked images are in no file."""
     monkeypatch.setattr(request, "QUICK", SMALL)

@@ -47,6 +47,7 @@ def rows(folder):
     return json.loads((folder / "report.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_data_network_and_attack_of_a_file(processes, small, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr("probdefense.study.pool.cores", lambda: processes)

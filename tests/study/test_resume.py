@@ -46,6 +46,7 @@ def trainings(monkeypatch):
     return done
 
 
+@pytest.mark.slow
 def test_a_job_that_ended_early_goes_on_to_the_same_bytes(asked, little, tmp_path, monkeypatch):  # noqa: F811
     whole = job.run(asked, little)
     assert asked.families[0] == ("madry", "jump_relu")  # which come last in the request, and first in time
@@ -104,6 +105,7 @@ def test_a_full_disk_costs_no_numbers(asked, little, tmp_path, monkeypatch):  # 
     assert any("none is not kept: No space left on device" in line for line in said)
 
 
+@pytest.mark.slow
 def test_several_seeds_are_replicates(little, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(study_request, "QUICK", small(gradients=8, images=24, votes=20))
     asked = {"defenses": ("none", "fast"), "attacks": ("clean",)}

@@ -46,6 +46,7 @@ def compared(monkeypatch, *options):
     return run(monkeypatch, "compare", *map(str, options))
 
 
+@pytest.mark.slow
 def test_a_study_runs_and_runs_again_to_the_same_bytes(small, monkeypatch, tmp_path):  # noqa: F811
     (tmp_path / "mine.toml").write_text(STUDY)
     assert compared(monkeypatch, "--study", tmp_path / "mine.toml", "--out", tmp_path / "a") == 0

@@ -94,17 +94,20 @@ class Exports:
         variables: dict[str, Any] = {}
         for name in [each for each in numbers if each not in PLACE]:
             variables[name] = PLACE, _placed(shape, at, [row.get(name) for row in self.rows])
-        kept = self.arrays
-        seen = [[kept.get(kept.key(kind, name)) for kind in ("labels", "ids")] for name in self.defenses]
-        first, ids = seen[0] if seen else (None, None)
-        if first is not None and all(
-            np.array_equal(*pair) for each in seen for pair in zip(each, seen[0], strict=True)
-        ):
+        seen = [self._examples(name) for name in self.defenses]
+        if seen and len(seen[0]) and all(np.array_equal(each, seen[0]) for each in seen):
             correct = [self.arrays.at("correct", *(row[name] for name in PLACE)).mean(0) for row in self.rows]
-            variables["correct"] = (*PLACE, "example"), _placed((*shape, len(first)), at, correct)
-            variables["label"] = ("example",), first
+            label, ids = seen[0]
+            variables["correct"] = (*PLACE, "example"), _placed((*shape, len(ids)), at, correct)
+            variables["label"] = ("example",), label
             coords["example"] = ids.tolist()
         return xarray.Dataset(variables, coords, {"settings": json.dumps(self.settings, default=str)})
+
+    def _examples(self, name: str) -> np.ndarray:
+        """Labels and numbers of the examples that a defense saw, ``(2, batch)``; empty where not kept."""
+        kept = [self.arrays.get(self.arrays.key(kind, name)) for kind in ("labels", "ids")]
+        found = [each for each in kept if each is not None]
+        return np.stack(found) if len(found) == 2 else np.empty(0)
 
     def to_markdown(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as a table of Markdown, accuracies and intervals in percent."""

@@ -23,8 +23,10 @@ class WeightNoiseSite(WeightSite):
         filled: dict[str, Tensor] = {}
         for names, eps in zip(self.names, self.views(value).values(), strict=True):
             layer = join(names[0].rpartition(".")[0], self.layer)
-            coefficients = {  # those that have become random are None in the layer
-                name: given.get(f"{layer}.{name}", parameter)
+            coefficients: dict[
+                str, Tensor
+            ] = {  # those that have become random are None in the layer, and given
+                name: given.get(f"{layer}.{name}", parameter)  # type: ignore[arg-type]
                 for name, parameter in net.get_submodule(layer)._parameters.items()
             }
             weight = given[names[0]] if names[0] in given else _tensor(net, names[0])

@@ -70,7 +70,8 @@ def entropy(defense: Any, x: Inputs | None = None) -> Tensor:
         for layer, scale, unit in _scales(defense)
     ]
     found += [
-        scale.log().add(_unit(layer)).flatten(1).sum(1).mean() for layer, scale in _conditional(defense, x)
+        scale.log().add(_latent(layer).entropy()).flatten(1).sum(1).mean()
+        for layer, scale in _conditional(defense, x)
     ]
     return _total(found, "noise with a trained scale")
 
@@ -106,9 +107,10 @@ def root_scale(defense: Any, x: Inputs | None = None) -> Tensor:
 def alignment(defense: Any, x: Inputs | None = None) -> Tensor:
     r"""How much of the noise before a linear layer reaches its outputs, $\sum_k \log w_k^\top \Sigma w_k$.
 
-    $\Sigma = L L^\top$ is the covariance of the noise and $w_k$ the weights of output $k$, whose own
-    noise this is the log-variance of. It grows with the weights as well: give them weight decay. The released
-    code takes the logarithm of the sum over outputs instead, which one large output can satisfy.
+    $\Sigma$ is the covariance of the noise, $L L^\top$ for a latent of variance 1, and $w_k$ the weights of
+    output $k$, whose own noise this is the log-variance of. It grows with the weights as well: give them
+    weight decay. The released code takes the logarithm of the sum over outputs instead, which one large
+    output can satisfy.
 
     Args:
         defense: A `Defense` with trained noise before a linear layer, such as `wca` makes.
@@ -137,10 +139,10 @@ def alignment(defense: Any, x: Inputs | None = None) -> Tensor:
             if isinstance(layer, ConditionalNoise):
                 reached = (weights[path] * seen[layer].unsqueeze(-2)).square().sum(-1)
                 found.append(reached.log().sum(-1).mean())
-            elif isinstance(layer, CorrelatedNoise):
-                found.append((weights[path] @ layer.mixing).square().sum(-1).log().sum())
             elif isinstance(layer, Noise) and layer.learned:
-                found.append((weights[path] * layer.scale).square().sum(-1).log().sum())
+                own = weights[path]
+                mixed = own @ layer.mixing if isinstance(layer, CorrelatedNoise) else own * layer.scale
+                found.append((mixed * _latent(layer).stddev).square().sum(-1).log().sum())
     return _total(found, "trained noise before a linear layer")
 
 
@@ -238,10 +240,13 @@ def _scales(defense: Any) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
         if not isinstance(layer, Noise | RelativeNoise | WeightNoise | Transform):
             continue
         scale = getattr(layer, "scale", getattr(layer, "alpha", None))
+        unit = _latent(layer).entropy()
         if path in posteriors and scale is not None:
-            scale = scale * posteriors[path].scale
+            fitted = posteriors[path]
+            unit = (fitted.entropy() - fitted.scale.log()).flatten()[0].detach()
+            scale = scale * fitted.scale
         if scale is not None and scale.requires_grad:
-            yield layer, scale, _unit(layer)
+            yield layer, scale, unit
 
 
 def _conditional(defense: Any, x: Inputs | None) -> list[tuple[ConditionalNoise, Tensor]]:
@@ -252,7 +257,10 @@ def _conditional(defense: Any, x: Inputs | None) -> list[tuple[ConditionalNoise,
     if x is None:
         raise ValueError("expected x, got none: the noise of this defense depends on its input; pass a batch")
     seen: list[tuple[ConditionalNoise, Tensor]] = []
-    function = defense.at(defense.draw(x))  # before the hooks: it may run the network on nothing
+    every = {
+        site.name: site.center() for site in defense.sites.values() if getattr(site, "enumerated", False)
+    }
+    function = defense.at(defense.draw(x) | every)  # before the hooks: it may run the network on nothing
     hooks = [layer.register_forward_pre_hook(partial(_note, seen)) for layer in layers]
     try:
         function(x)
@@ -278,11 +286,10 @@ def _weights(defense: Any) -> dict[str, Tensor]:
     return {path: tensors[f"{path}.weight".lstrip(".")] for path in linear}
 
 
-def _unit(layer: nn.Module) -> Tensor:
-    """The entropy of one value of the latent."""
+def _latent(layer: nn.Module) -> Distribution:
+    """The distribution of one value of the latent; of noise on weights it is standard normal."""
     hole = next((child for child in layer.children() if isinstance(child, Placeholder)), None)
-    family: Distribution = Normal(0.0, 1.0) if hole is None else hole.family
-    return torch.as_tensor(family.entropy())
+    return Normal(torch.tensor(0.0), torch.tensor(1.0)) if hole is None else hole.family
 
 
 def _total(found: list[Tensor], wanted: str) -> Tensor:

@@ -131,3 +131,27 @@ def test_scales_collapse_without_a_reward_and_stay_with_one(builder):
     paid = trained_scale(rewarded(elbo, 0.2), builder)
     assert alone < start - 0.2, "clean training takes the noise away"
     assert paid > start, "what is paid for stays"
+
+
+@pytest.mark.parametrize("family", [dist.Normal(0.0, 2.0), dist.Laplace(0.0, 2.0)], ids=["normal", "laplace"])
+@pytest.mark.parametrize("scale", ["learned", "variational"])
+def test_entropy_is_that_of_the_noise_whatever_the_scale_of_the_family(family, scale):
+    options = {"before_linear": True, "scale": scale, "sigma_init": 0.3, "family": family}
+    defense = pd.defenses.rse(linear(), num_data=10, **options)
+    assert entropy(defense).item() == pytest.approx(type(family)(0.0, 0.6).entropy().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("covariance", [None, "full"])
+def test_alignment_counts_the_variance_of_the_family(covariance):
+    net, options = linear(), {"before_linear": True, "scale": "learned", "sigma_init": 0.3}
+    defense = pd.defenses.rse(net, family=dist.Laplace(0.0, 2.0), covariance=covariance, **options)
+    variances = (net.weight * 0.3).square().sum(1) * 8
+    torch.testing.assert_close(alignment(defense), variances.log().sum())
+
+
+@pytest.mark.parametrize("reward", [alignment, entropy, root_scale])
+def test_conditional_noise_of_an_ensemble_counts_in_every_member(reward):
+    nets, x = [linear() for _ in range(3)], torch.rand(4, 2)
+    several = pd.defenses.conditional_noise(pd.defenses.ensemble(nets))
+    one = pd.defenses.conditional_noise(nets[0])
+    torch.testing.assert_close(reward(several, x), 3 * reward(one, x))

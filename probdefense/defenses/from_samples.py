@@ -189,7 +189,7 @@ def _counted(chains: Iterable[Iterable[State]], lengths: list[int]) -> Iterator[
     """All states one after the other; notes how many each chain has."""
     for chain in chains:
         lengths.append(0)
-        for state in chain:
+        for state in chain if isinstance(chain, Iterable) else [chain]:
             if not isinstance(state, Mapping):
                 raise TypeError(
                     f"expected state dicts as samples, got {type(state).__name__}; give net.state_dict()"
@@ -222,7 +222,7 @@ def _row(state: State, names: list[list[str]], known: Mapping[str, Tensor]) -> T
     parts = []
     for group in names:
         value = next((state[name] for name in group if name in state), None)
-        shape = None if value is None else tuple(value.shape)
+        shape = None if value is None else tuple(_tensor(value).shape)
         if value is None or shape != tuple(known[group[0]].shape):
             raise ValueError(
                 f"expected {group[0]} of shape {tuple(known[group[0]].shape)} in every sample, got "
@@ -238,12 +238,20 @@ def _row(state: State, names: list[list[str]], known: Mapping[str, Tensor]) -> T
 
 
 def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:  # numpy and torch name their own types
+        raise TypeError(
+            f"expected tensors or arrays of numbers, got {type(value).__name__} {str(value)[:20]!r}; give "
+            "them as a state dict has them"
+        ) from error
 
 
 def _table(rows: Iterator[Tensor], weights: Any) -> tuple[Tensor, Tensor | None]:
     """The rows and their mean, through a file that is mapped if it is large, and the weights."""
-    given = None if weights is None else torch.as_tensor(weights, dtype=torch.float64).flatten()
+    given = None if weights is None else _tensor(weights).double().flatten()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path, count, mean = Path(folder) / "rows", 0, torch.zeros(())
         with path.open("wb") as file:

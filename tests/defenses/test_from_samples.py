@@ -151,7 +151,15 @@ def test_files_hold_the_samples(tmp_path):
     [
         (lambda s: [], ValueError, "expected at least one sample"),
         (lambda s: 3, TypeError, "expected samples as state dicts, got int"),
-        (lambda s: [3], TypeError, "'int' object is not iterable|expected state dicts"),
+        (lambda s: [3], TypeError, "expected state dicts as samples, got int"),
+        (lambda s: [s, 3], TypeError, "expected state dicts as samples, got int"),
+        (lambda s: [{"7.bias": None}], TypeError, "expected tensors or arrays of numbers, got NoneType"),
+        (lambda s: {"7.bias": "a"}, TypeError, "expected tensors or arrays of numbers, got str"),
+        (
+            lambda s: [{"7.bias": [1.0, 2.0]}],
+            ValueError,
+            r"7.bias of shape \(3,\) in every sample, got \(2,\)",
+        ),
         (
             lambda s: [{"other": torch.ones(2)}],
             ValueError,
@@ -180,6 +188,8 @@ def test_bad_samples_are_refused(samples, error, message):
 
 def test_bad_weights_are_refused():
     made = nets(2)
+    with pytest.raises(TypeError, match="expected tensors or arrays of numbers, got str"):
+        from_samples(made[0], states(made), weights="equal")
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0]):
         with pytest.raises(ValueError, match="expected weights as 2 numbers"):
             from_samples(made[0], states(made), weights=weights)

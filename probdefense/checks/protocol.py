@@ -23,12 +23,14 @@ from probdefense.checks.results import Check, Checks, Verdict, skipped
 from probdefense.logits.adapters import Counted, as_logits_fn, can_freeze
 from probdefense.logits.losses import expected_cross_entropy
 from probdefense.logits.rules import mean_prob
+from probdefense.ops import lp_norm, reach
 from probdefense.rng import derive, forked
 from probdefense.types import Inputs, Labels, Logits, LogitsFn, LossFn, Norm, Rule
 from probdefense.validation import (
     check_count,
     check_function,
     check_inputs,
+    check_kind,
     check_labels,
     check_like,
     check_norm,
@@ -83,7 +85,7 @@ def run(
 
     Raises:
         ValueError: bad data or settings, a function without randomness, or a protocol that does not return
-            points and one verdict per example.
+            points within the ball and one verdict per example.
 
     References:
         Dong and Xu, 2023, [Adversarial Robustness via Random Projection Filters](https://openaccess.thecvf.com/content/CVPR2023/papers/Dong_Adversarial_Robustness_via_Random_Projection_Filters_CVPR_2023_paper.pdf);
@@ -116,7 +118,7 @@ def run(
         )
     with outside_inference(), forked(derive(seed, "protocol"), x.device):
         witness = Witness(function, [])
-        points, correct = _claimed(protocol(witness, x.clone(), y.clone()), x)
+        points, correct = _claimed(protocol(witness, x.clone(), y.clone()), x, eps, norm)
         gradients = sum(call.draws * call.rows for call in witness.calls if call.gradient) // len(x)
         budget = max(FEWEST, min(MOST, gradients))
         bench = Bench(function, x, y, eps, norm, rule, loss, budget, num_samples, num_verdict, seed)
@@ -280,21 +282,39 @@ def _judged(name: str, fired: bool, wrong: Verdict, advice: str, evidence: dict[
     return Check(name, wrong, advice, evidence) if fired else Check(name, "ok", "", evidence)
 
 
-def _claimed(said: Any, x: Inputs) -> tuple[Inputs, np.ndarray]:
+def _claimed(said: Any, x: Inputs, eps: float, norm: Norm) -> tuple[Inputs, np.ndarray]:
     """The points and verdicts of a protocol.
 
     Raises:
-        ValueError: something else.
+        TypeError: points or verdicts that are no tensor.
+        ValueError: something else, points outside the ball, or verdicts that are no shares.
     """
     if not isinstance(said, tuple) or len(said) != 2:
         raise ValueError(f"expected a protocol that returns (points, correct), got {type(said).__name__}")
-    points, correct = check_like(said[0], x, "points"), torch.as_tensor(said[1])
+    points = check_like(said[0], x, "points")
+    if len(points) != len(x):
+        raise ValueError(
+            f"expected one point per example, {len(x)}, got {len(points)}; return x where none is"
+        )
+    far = float(lp_norm(points.detach().double() - x.double(), norm).max())
+    if far > reach(eps, norm, x[0].numel(), x.dtype):
+        raise ValueError(
+            f"expected points within eps={eps:g} of x in the {norm:g} norm, got one at {far:.4g}; state the "
+            "radius and norm of the protocol"
+        )
+    way = "give a bool per example, or the share of right answers where there are several"
+    check_kind("correct", said[1], (Tensor, np.ndarray, list, tuple), way)
+    correct = torch.as_tensor(said[1]).double()
     if correct.shape != (len(x),):
         raise ValueError(
             f"expected one verdict per example, shape ({len(x)},), got {tuple(correct.shape)}; give the "
             "share of right answers where there are several"
         )
-    return points, correct.double().cpu().numpy()
+    if not bool(((correct >= 0) & (correct <= 1)).all()):
+        raise ValueError(
+            f"expected verdicts in [0, 1], got {float(correct.min()):g} to {float(correct.max()):g}; {way}"
+        )
+    return points, correct.cpu().numpy()
 
 
 def _different(rows: Tensor) -> int:

@@ -184,3 +184,32 @@ def test_what_is_no_protocol_is_refused(rse):
         run(lambda f, x, y: (x, torch.tensor(0.5)), defense, data)
     with pytest.raises(ValueError, match="expected a random defense"):
         run(honest, pd.deterministic(torch.nn.Flatten()), data)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (
+            lambda x: (1 - x, torch.ones(len(x))),
+            ValueError,
+            "expected points within eps=0.1 of x in the inf norm",
+        ),
+        (lambda x: (x[:1], torch.ones(len(x))), ValueError, "expected one point per example"),
+        (
+            lambda x: (x, torch.full((len(x),), 30)),
+            ValueError,
+            r"expected verdicts in \[0, 1\], got 30 to 30",
+        ),
+        (
+            lambda x: (x, torch.full((len(x),), torch.nan)),
+            ValueError,
+            r"expected verdicts in \[0, 1\], got nan",
+        ),
+        (lambda x: (x, None), TypeError, "expected correct as"),
+        (lambda x: (x, "all"), TypeError, "expected correct as"),
+    ],
+)
+def test_what_a_protocol_returns_is_looked_at(rse, returned, error, message):
+    defense, data = rse
+    with pytest.raises(error, match=message):
+        pd.checks.protocol.run(lambda f, x, y: returned(x), defense, *data, eps=0.1)

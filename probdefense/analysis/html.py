@@ -97,6 +97,9 @@ def write_html(
 
     check_report(report)
     check_kind("folder", folder, (str, os.PathLike), "give the path of a folder")
+    if comparison is not None:
+        check_kind("comparison", comparison, Comparison, "probdefense.compare_all(report) makes one")
+    check_kind("figures", {} if figures is None else figures, Mapping, "give figures by their captions")
     report, by_name = ranked(report), _by_name(report, checks, Checks, "checks")
     certificates = _by_name(report, certificate, Certificate, "certificate")
     details = [
@@ -107,6 +110,8 @@ def write_html(
         spent(report),
     ]
     given = images if isinstance(images, Mapping) else {"": images} if images is not None else {}
+    for each in given.values():
+        check_kind("images", each, (list, tuple), "give (x, x_adv), or such pairs by caption")
     pairs = {caption: each for caption, each in given.items() if len(each) == 2}
     drawn = _figures(report, pairs, figures or {})
     template = resources.files("probdefense.analysis").joinpath("report.html.j2").read_text()
@@ -133,11 +138,11 @@ def write_html(
 def pairs_of(report: Exports) -> Comparison | None:
     """Every pair of the defenses of a report, where they saw the same examples."""
     arrays = report.arrays
-    labels = [arrays.get(arrays.key("labels", name)) for name in report.defenses]
+    seen = [arrays.examples(name) for name in report.defenses]
     known = all(arrays.key("correct", *(row[n] for n in NAMES)) in arrays for row in report.rows)
-    if len(labels) < 2 or not known or not isinstance(report, Report):
+    if len(seen) < 2 or not known or not isinstance(report, Report):
         return None
-    same = all(each is not None and np.array_equal(each, labels[0]) for each in labels)  # type: ignore[arg-type]
+    same = len(seen[0]) > 0 and all(np.array_equal(each, seen[0]) for each in seen)
     return compare_all(ranked(report), rule=report.rows[0]["rule"]) if same else None
 
 
@@ -151,6 +156,8 @@ def _by_name(report: Report, given: Any, kind: type, name: str) -> dict[str, Any
         ValueError: one for several defenses.
     """
     if not isinstance(given, kind):
+        way = f"give one {kind.__name__}, or a dict of them by the names of the defenses"
+        check_kind(name, {} if given is None else given, Mapping, way)
         return dict(given or {})
     if len(report.defenses) != 1:
         raise ValueError(
@@ -249,6 +256,12 @@ def _figures(
     if len({row["eps"] for row in report.rows}) > 2 and shared_attacks(report):
         drawn.append(("", robustness_curves(report).figure))
     drawn += [(caption, image_grid(*pair)[0, 0].figure) for caption, pair in images.items()]
+    for caption, figure in figures.items():
+        if not hasattr(getattr(figure, "figure", figure), "savefig"):
+            raise TypeError(
+                f"expected matplotlib figures or axes, got {type(figure).__name__} for {caption!r}; "
+                "analysis.plots makes some"
+            )
     return drawn + [(caption, getattr(figure, "figure", figure)) for caption, figure in figures.items()]
 
 

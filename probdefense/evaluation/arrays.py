@@ -36,6 +36,11 @@ class Arrays(dict[str, np.ndarray]):
         """
         return self[self.key(kind, *path)]
 
+    def examples(self, defense: str) -> np.ndarray:
+        """Labels and numbers of the examples that a defense saw, ``(2, batch)``, or those that are kept."""
+        kept = [self.get(self.key(kind, defense)) for kind in ("labels", "ids")]
+        return np.array([each for each in kept if each is not None])
+
     def only(self, defense: str) -> "Arrays":
         """The arrays of one defense."""
         return Arrays({key: array for key, array in self.items() if key.split("/")[1] == defense})

@@ -258,8 +258,8 @@ def _check(side_a: list[Report], side_b: list[Report]) -> None:
                 f"expected reports of the same settings, got some that cannot be paired: {', '.join(differ)} "
                 "differ; evaluate both sides with the same ones"
             )
-    labels = [report.arrays.at("labels", report.defenses[0]) for report in [*side_a, *side_b]]
-    if any(not np.array_equal(labels[0], other) for other in labels[1:]):
+    seen = [report.arrays.examples(report.defenses[0]) for report in [*side_a, *side_b]]
+    if any(not np.array_equal(seen[0], other) for other in seen[1:]):
         raise ValueError(
             "expected reports on the same examples, got some that cannot be paired: they are about other "
             "examples; evaluate both sides on the same data"

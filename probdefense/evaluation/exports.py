@@ -94,20 +94,14 @@ class Exports:
         variables: dict[str, Any] = {}
         for name in [each for each in numbers if each not in PLACE]:
             variables[name] = PLACE, _placed(shape, at, [row.get(name) for row in self.rows])
-        seen = [self._examples(name) for name in self.defenses]
-        if seen and len(seen[0]) and all(np.array_equal(each, seen[0]) for each in seen):
+        seen = [self.arrays.examples(name) for name in self.defenses]
+        if seen and len(seen[0]) == 2 and all(np.array_equal(each, seen[0]) for each in seen):
             correct = [self.arrays.at("correct", *(row[name] for name in PLACE)).mean(0) for row in self.rows]
             label, ids = seen[0]
             variables["correct"] = (*PLACE, "example"), _placed((*shape, len(ids)), at, correct)
             variables["label"] = ("example",), label
             coords["example"] = ids.tolist()
         return xarray.Dataset(variables, coords, {"settings": json.dumps(self.settings, default=str)})
-
-    def _examples(self, name: str) -> np.ndarray:
-        """Labels and numbers of the examples that a defense saw, ``(2, batch)``; empty where not kept."""
-        kept = [self.arrays.get(self.arrays.key(kind, name)) for kind in ("labels", "ids")]
-        found = [each for each in kept if each is not None]
-        return np.stack(found) if len(found) == 2 else np.empty(0)
 
     def to_markdown(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as a table of Markdown, accuracies and intervals in percent."""

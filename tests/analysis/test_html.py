@@ -206,3 +206,11 @@ def test_text_can_be_read_on_its_ground_in_light_and_dark(tmp_path):
             for name, least in (("ink", 4.5), ("muted", 4.5), ("bad", 4.5), ("c0", 3.0)):
                 low, high = sorted((back, luminance(colors[name])))
                 assert (high + 0.05) / (low + 0.05) >= least, (name, ground)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"checks": 3}, {"certificates": "all"}, {"images": 3}, {"figures": {"a": 3}}, {"comparison": 3}]
+)
+def test_what_a_page_cannot_show_is_refused(wrong, tmp_path):
+    with pytest.raises(TypeError, match=r"^expected"):
+        report().to_html(tmp_path / "page.html", **wrong)

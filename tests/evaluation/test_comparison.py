@@ -188,3 +188,13 @@ def test_rows_say_how_far_seeds_are_apart_and_what_they_are_about():
     assert two.rows[0]["seed_spread"] == pytest.approx(np.std([0.1, 0.3], ddof=1))
     assert one.rows[0]["seed_spread"] is None and two.rows[0]["estimand"] == "population"
     assert two.scope.startswith("2 training seeds: about these methods") and "give three or more" in two.scope
+
+
+def test_equal_labels_of_other_examples_cannot_be_paired():
+    x, y = torch.rand(8, 4), torch.zeros(8).long()
+    one, other = (
+        pd.evaluate(pd.deterministic(nn.Linear(4, 3)), (x, y), name=str(first), chunk_size=8, first=first)
+        for first in (0, 8)
+    )
+    with pytest.raises(ValueError, match="they are about other examples"):
+        pd.compare(one, other)

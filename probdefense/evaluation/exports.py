@@ -13,6 +13,7 @@ import numpy as np
 
 from probdefense.evaluation.arrays import Arrays
 from probdefense.tables import html_table, latex_table, markdown_table
+from probdefense.validation import check_kind
 
 COLUMNS = (
     "defense",
@@ -53,10 +54,23 @@ class Exports:
         title = f"Report of {', '.join(self.defenses)}"
         return html_table(self._shown(), COLUMNS, title, notes=[", ".join(asked)])
 
-    def _shown(self) -> list[dict[str, Any]]:
-        """The rows of a table, with effort per image and what the intervals are about."""
+    def _shown(self, columns: tuple[str, ...] = COLUMNS) -> list[dict[str, Any]]:
+        """The rows of a table, with effort per image and what the intervals are about.
+
+        Raises:
+            TypeError: columns that are no list of names.
+            ValueError: a column that no row has.
+        """
+        check_kind("columns", columns, (tuple, list), "give names, as in ('attack', 'accuracy')")
         estimand = self.settings.get("estimand", "population")
-        return [row | {"estimand": estimand} for row in per_image(self.rows)]
+        rows = [row | {"estimand": estimand} for row in per_image(self.rows)]
+        known = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+        if not columns or any(name not in known for name in columns):
+            raise ValueError(
+                f"expected columns of the report, got {', '.join(map(str, columns)) or 'none'}; known: "
+                f"{', '.join(known)}"
+            )
+        return rows
 
     def to_pandas(self) -> Any:
         """The rows as a ``pandas.DataFrame``; shares are numbers in [0, 1].
@@ -105,11 +119,11 @@ class Exports:
 
     def to_markdown(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as a table of Markdown, accuracies and intervals in percent."""
-        return markdown_table(self._shown(), columns)
+        return markdown_table(self._shown(columns), columns)
 
     def to_latex(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as a ``tabular`` of LaTeX, accuracies and intervals in percent; needs booktabs."""
-        return latex_table(self._shown(), columns)
+        return latex_table(self._shown(columns), columns)
 
     def to_html(
         self,

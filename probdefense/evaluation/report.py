@@ -234,7 +234,7 @@ class Report(Exports):
 
     def table(self, columns: tuple[str, ...] = COLUMNS) -> str:
         """The rows as aligned text, accuracies and intervals in percent."""
-        return format_table(self._shown(), columns)
+        return format_table(self._shown(columns), columns)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``arrays.npz``, ``timing.json`` and ``report.json`` into a folder, made if needed.

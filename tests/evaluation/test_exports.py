@@ -133,3 +133,20 @@ def test_tables_name_what_the_intervals_are_about():
     head, _, first = report().table().splitlines()[:3]
     assert "estimand" in head and "population" in first
     assert "| population |" in report().to_markdown()
+
+
+@pytest.mark.parametrize("table", ["table", "to_markdown", "to_latex"])
+def test_columns_that_no_row_has_are_refused(table):
+    one = report()
+    assert "max_queries" not in getattr(one, table)(("attack", "num_examples"))
+    for columns, error, match in (
+        (
+            ("attack", "accuracies"),
+            ValueError,
+            "expected columns of the report, got attack, accuracies; known",
+        ),
+        ((), ValueError, "expected columns of the report, got none"),
+        ("accuracy", TypeError, "expected columns as tuple or list, got str"),
+    ):
+        with pytest.raises(error, match=match):
+            getattr(one, table)(columns)

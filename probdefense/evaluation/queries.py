@@ -31,7 +31,7 @@ def by_queries(
     """The attacks, those by queries once per budget as ``"square@100"``, and the budgets by these names.
 
     Raises:
-        ValueError: no attack takes ``max_queries``, or no budgets.
+        ValueError: no attack takes ``max_queries``, no budgets, or an attack of the name that one gets.
     """
     if max_queries is None:
         return dict(attacks), {}
@@ -48,6 +48,11 @@ def by_queries(
             one: Attack = partial(attack, max_queries=budget)
             expanded[f"{label}@{budget}"] = one if _has_draws(attack) else with_draws(one, 1)
             asked[f"{label}@{budget}"] = budget
+    if clash := [label for label in asked if label in attacks]:
+        raise ValueError(
+            f"expected names of attacks that differ from those of budgets, got {clash[0]!r}, which is one "
+            "with its budget; take another name"
+        )
     if not asked:
         raise ValueError(
             f"expected an attack that takes max_queries, such as attacks.square, and budgets, got "
@@ -136,6 +141,7 @@ def resubmission_curve(
     wanted |= {name: value for name, value in {"eps": eps, "defense": defense}.items() if value is not None}
     row = report.row(**wanted)
     table = report.arrays.at("correct", row["defense"], attack, row["eps"], "single_draw").astype(float)
+    check_kind("answers", answers, (list, tuple, range), "give numbers of answers, as in [1, 2, 5]")
     counts = [check_count("answers", each) for each in answers]
     return [_resubmitted(table, each) for each in counts if each <= len(table)]
 

@@ -117,3 +117,20 @@ def test_the_curve_is_drawn(noisy):
         row["accuracy"] for row in curve
     ]
     pyplot.close(ax.figure)
+
+
+def test_an_attack_with_the_name_of_another_and_its_budget_is_refused():
+    data, net = (torch.rand(4, 4), torch.zeros(4).long()), pd.deterministic(torch.nn.Linear(4, 3))
+    for attacks in (
+        {"square": pd.attacks.square, "square@5": pd.attacks.fgsm},
+        {"square@5": pd.attacks.fgsm, "square": pd.attacks.square},
+    ):
+        with pytest.raises(ValueError, match="differ from those of budgets, got 'square@5'"):
+            pd.evaluate(net, data, attacks, max_queries=[5])
+
+
+def test_answers_are_several_numbers():
+    defense = pd.defenses.rse(torch.nn.Linear(4, 3), before_linear=True)
+    report = pd.evaluate(defense, (torch.rand(4, 4), torch.zeros(4).long()), num_samples=4)
+    with pytest.raises(TypeError, match="expected answers as list"):
+        resubmission_curve(report, "clean", answers=3)

@@ -67,7 +67,7 @@ def to_arviz(
     ``weight_rms`` keeps its name, and ours becomes ``weight_rms_1``. Several defenses of one kind, fitted
     independently, become several chains, and then R-hat says whether fits agree; with one fit no R-hat is
     claimed. Samples of `from_samples` come by chain and in their order, at most `num_samples` of each,
-    evenly spaced.
+    evenly spaced; those of other weights than equal ones are drawn.
 
     Of a report: **posterior** holds draws of every accuracy from one weighted Bayesian bootstrap over
     examples and draws, so differences of rows are paired. Of a prediction: **posterior_predictive**

@@ -5,9 +5,12 @@ from probdefense.core.sites import SampleSite, Site
 
 
 def chains_of(defense: Defense) -> int:
-    """Of how many chains the samples of a defense are; 0 if it is not made of samples."""
+    """Of how many chains the samples of a defense are; 0 without samples, or where they weigh differently."""
     tables = [site.table for site in defense.sites.values() if isinstance(site, SampleSite)]
-    return max((table.chains for table in tables if table is not None), default=0)
+    known = [table for table in tables if table is not None]
+    if any(bool((table.weights != table.weights[0]).any()) for table in known):
+        return 0
+    return max((table.chains for table in known), default=0)
 
 
 def in_chains(defense: Defense) -> list[Defense]:
@@ -22,6 +25,6 @@ def in_chains(defense: Defense) -> list[Defense]:
 
 
 def lengths(defense: Defense) -> list[int]:
-    """How many samples each chain has, where there are several chains: their draws are not repeated."""
+    """How many samples each chain has: their draws are not repeated."""
     sites = [site for site in defense.sites.values() if isinstance(site, SampleSite)]
-    return [len(site.order) for site in sites if len(site.order) < site.count]
+    return [len(site.order) for site in sites if site.order]

@@ -211,3 +211,23 @@ def test_states_may_hold_the_coefficients_of_noise_on_weights(noisy):
     torch.testing.assert_close(
         defense.at(draws)(x), made[chosen].at({n: v for n, v in draws.items() if n != "weights"})(x)
     )
+
+
+def test_arviz_sees_every_sample_of_one_list_once():
+    made, (x, y) = nets(5), tiny_batch()
+    tree = pd.to_arviz(from_samples(made[0], states(made)), (x, y), num_samples=12)
+    with torch.no_grad():
+        wanted = torch.stack([net(x).softmax(-1) for net in made])[None]
+    np.testing.assert_allclose(tree["posterior_predictive"]["probs"].values, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [states, lambda made: [states(made[:2]), states(made[2:])]])
+def test_arviz_sees_weights(form):
+    made, (x, y) = nets(4), tiny_batch()
+    shares = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    defense = from_samples(made[0], form(made), weights=shares)
+    seen = pd.to_arviz(defense, (x, y), num_samples=20)["posterior_predictive"]["probs"].values
+    with torch.no_grad():
+        each = torch.stack([net(x).softmax(-1) for net in made])
+    wanted = torch.einsum("k,kbc->bc", shares, each)
+    np.testing.assert_allclose(seen.mean((0, 1)), wanted, atol=1e-5)

@@ -12,7 +12,7 @@ FOLDER = ROOT / "examples" / "reproduce"
 sys.path.insert(0, str(FOLDER))
 pages = importlib.import_module("pages")
 lab = importlib.import_module("lab")
-COMMITTED = sorted(pages.RESULTS.glob("*.json"))
+COMMITTED = sorted(file for file in pages.RESULTS.glob("*.json") if file.stem != "digits")
 
 
 @pytest.mark.parametrize("item", pages.ITEMS)
@@ -54,3 +54,10 @@ def test_a_page_is_made_of_its_json(file):
 def test_the_overview_lists_every_item():
     text = (pages.RESULTS / "tables.md").read_text()
     assert [item for item in pages.ITEMS if item not in text] == []
+
+
+def test_the_table_of_every_recipe_is_that_of_the_command():
+    report = json.loads((pages.RESULTS / "digits.json").read_text())
+    assert (pages.RESULTS / "digits.md").read_text() == pages.every_recipe(report)
+    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in report["rows"])
+    assert {"seed", "epochs", "gradients"} <= set(report["settings"])

@@ -2,7 +2,8 @@
 
     python examples/reproduce/pages.py
 
-No figure of a page is written by hand. What a page says besides stands in ``findings/<item>.md``.
+No table of a page is written by hand. What a page says besides stands in ``findings/<item>.md``. The table of
+every recipe of the command comes from ``digits.json``, the ``report.json`` of the command that it names.
 """
 
 import json
@@ -82,6 +83,25 @@ def card(result: dict[str, Any]) -> str:
     return "## Model card\n\n" + "\n".join(f"* {line}" for line in lines)
 
 
+def every_recipe(report: dict[str, Any]) -> str:
+    """The report of ``compare --defenses all`` as a page: a row per defense, a column per attack."""
+    rows = [row for row in report["rows"] if row["rule"] == "mean_prob"]
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    shown = [name for name in ("clean", "pgd", "eot_pgd", "suite", "adaptive", "worst") if name in attacks]
+    lines = [f"| defense | images | {' | '.join(shown)} |", "|---|---" + "|---" * len(shown) + "|"]
+    for name in dict.fromkeys(row["defense"] for row in rows):
+        found = {row["attack"]: row for row in rows if row["defense"] == name}
+        cells = ["{} {}".format(*ours(found[a])) if a in found else "" for a in shown]
+        lines.append(f"| {name} | {found['clean']['num_examples']} | {' | '.join(cells)} |")
+    settings = {k: v for k, v in report["settings"].items() if isinstance(v, int | float | str)}
+    card = "\n".join(f"* {name}: {value}" for name, value in settings.items())
+    notes = FINDINGS / "digits.md"
+    parts = ["# Every recipe of the command, on digits", "```bash\nprobdefense compare --defenses all\n```"]
+    parts += [notes.read_text().strip()] if notes.exists() else []
+    parts += ["\n".join(lines), "## Model card\n\n" + card]
+    return "\n\n".join(parts) + "\n"
+
+
 def overview(results: Iterable[str], missing: Iterable[str]) -> str:
     """The list of pages."""
     lines = [
@@ -104,6 +124,8 @@ def main() -> None:
     there = [item for item in ITEMS if (RESULTS / f"{item}.json").exists()]
     for item in there:
         (RESULTS / f"{item}.md").write_text(page(json.loads((RESULTS / f"{item}.json").read_text())))
+    if (RESULTS / "digits.json").exists():
+        (RESULTS / "digits.md").write_text(every_recipe(json.loads((RESULTS / "digits.json").read_text())))
     (RESULTS / "tables.md").write_text(overview(there, [item for item in ITEMS if item not in there]))
 
 

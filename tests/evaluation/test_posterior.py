@@ -333,3 +333,12 @@ def test_public_posteriors_have_bounds_that_hold(name):
     held = sum(holds(f, x, found.label, 0.005).double() for f in sampled(defense, 40))
     most = 1 - clopper_pearson_low(40 - held.numpy(), 40, FAILURE_RATE / 12)
     assert bool((found.probability.numpy() <= most).all())
+
+
+def test_inference_mode_changes_nothing():
+    defense = pd.defenses.bayesian(torch.nn.Linear(4, 3), init_scale=0.01)
+    x = torch.rand(3, 4)
+    wanted = pd.certify_posterior(defense, x, eps=0.01)
+    with torch.inference_mode():
+        found = pd.certify_posterior(defense, x.clone(), eps=0.01)
+    assert torch.equal(found.boxes, wanted.boxes) and torch.equal(found.tails, wanted.tails)

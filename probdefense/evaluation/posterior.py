@@ -139,7 +139,7 @@ def certify_posterior(defense: Any, x: Inputs, *, eps: float, num_boxes: int = 1
     """
     x, eps = check_inputs(x), check_positive("eps", eps, zero=True)
     num_boxes = check_count("num_boxes", num_boxes)
-    with outside_inference():
+    with outside_inference(), torch.enable_grad():
         return _certified(defense, workable(x), eps, num_boxes)
 
 

@@ -173,7 +173,7 @@ class Keys:
         tiles, of_row = (ids // TILE).unique(return_inverse=True)
         numbers = tiles.tolist()
         counts = [TILE if self.end is None else min(TILE, self.end - tile * TILE) for tile in numbers]
-        values = self._tiles(uses, draws, list(zip(numbers, counts, strict=True)))
+        values = self._tiles(uses, draws, list(zip(numbers, counts, strict=True)) or [(0, 0)])
         place = of_row * TILE + ids % TILE  # a tile that ends early is the last
         if torch.equal(place, torch.arange(values[uses[0].name].shape[1], device=place.device)):
             return values
@@ -190,7 +190,8 @@ class Keys:
                     found[use.name].append(self._signed(self.sites.of(use.site), shape, draw, generator))
         if len(draws) == len(tiles) == 1:
             return {name: parts[0].unsqueeze(0) for name, parts in found.items()}
-        return {name: torch.cat(parts).unflatten(0, (len(draws), -1)) for name, parts in found.items()}
+        size = len(draws), sum(count for _, count in tiles)
+        return {name: torch.cat(parts).unflatten(0, size) for name, parts in found.items()}
 
     def _signed(self, site: Site, shape: tuple[int, ...], draw: int, generator: torch.Generator) -> Tensor:
         value = site.draw(shape, generator)

@@ -91,7 +91,7 @@ class Vectorized:
             """Those of some draws, whose weights are let go before the next are drawn."""
             shared = None if frugal else stream.weights(draws)
             blocks = []
-            for rows in _ranges(len(x), max_batch or ROWS):
+            for rows in _ranges(len(x), max_batch or ROWS) if len(x) else [range(0)]:
                 one = partial(self._pass, stream, draws, rows, shared, state)
                 piece = x[rows.start : rows.stop]
                 blocks.append(_RunAgain.apply(one, piece) if frugal else one(piece))
@@ -241,7 +241,7 @@ class Vectorized:
     def _draws_at_once(self, x: Inputs, num_samples: int, max_batch: int | None, backend: str) -> int:
         """How many draws share a forward pass."""
         weights = 4 * sum(site.size for site in self.model.global_sites)
-        if num_samples == 1 or self._branching or backend == "loop":
+        if num_samples == 1 or len(x) == 0 or self._branching or backend == "loop":
             return 1
         alone = self.model.compiled is not None or _has(self.model.net, UNBATCHED)
         if weights and (backend == "fold" or alone or FEWEST * weights > CACHE_BYTES):

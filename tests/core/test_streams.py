@@ -9,7 +9,8 @@ from torch import nn
 
 import probdefense as pd
 from probdefense.core import streams
-from probdefense.defenses import bayesian, rse
+from probdefense.defenses import bayesian, random_transforms, rse, wca
+from tests.worlds import tiny_batch, tiny_net
 
 PEAK = """
 import torch, probdefense as pd
@@ -107,3 +108,15 @@ def test_the_peak_of_a_recomputed_gradient_is_about_that_of_one_draw():
         code = [sys.executable, "-c", RECOMPUTED.format(draws=draws)]
         peaks.append(float(subprocess.run(code, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] <= 1.5 * peaks[0]
+
+
+@pytest.mark.parametrize("made", [rse, bayesian, wca, random_transforms], ids=lambda made: made.__name__)
+def test_a_batch_without_examples_has_no_answers(made):
+    defense, x = made(tiny_net()), tiny_batch()[0][:0]
+    options = ({}, {"draws": "antithetic"}, {"recompute": True}, {"backend": "loop"})
+    for logits in (
+        *(defense(x, 4, **each) for each in options),
+        defense.freeze(4)(x),
+        defense(x, 1)[[0] * 4],
+    ):
+        assert logits.shape == (4, 0, 3)

@@ -157,10 +157,13 @@ def configuration(attack: Attack) -> tuple[set[str], dict[str, Any]]:
 
 
 def _draws(attack: Attack) -> int:
-    """Draws per call with which an attack sees a random defense."""
-    while isinstance(attack, partial):
-        attack = attack.func
-    return attack.num_samples if isinstance(attack, WithDraws) else ATTACK_SAMPLES
+    """Draws per call with which an attack sees a random defense: of several settings the innermost."""
+    found = ATTACK_SAMPLES
+    while isinstance(attack, partial | WithDraws):
+        if isinstance(attack, WithDraws):
+            found = attack.num_samples
+        attack = attack.func if isinstance(attack, partial) else attack.attack
+    return found
 
 
 def attacked(

@@ -207,3 +207,11 @@ def test_what_the_parts_of_an_attack_fix_is_known(attackable):
         near = wrap(partial(pd.attacks.fgsm, eps=0.05))
         rows = pd.evaluate(net, data, {"mine": near}, eps=[0.01, 0.1], rules=[pd.rules.vote]).rows
         assert [row["eps"] for row in rows if row["attack"] == "mine"] == [0.05]
+
+
+def test_of_several_settings_of_draws_the_innermost_is_reported():
+    attack = partial(pd.with_draws(pd.with_draws(partial(pd.attacks.pgd, num_steps=2), 3), 8))
+    defense = pd.defenses.rse(torch.nn.Linear(4, 3), before_linear=True)
+    data = torch.rand(5, 4), torch.zeros(5).long()
+    row = pd.evaluate(defense, data, {"pgd": attack}, eps=0.1, num_samples=2).rows[-1]
+    assert row["attack_samples"] == 3 and row["gradients"] == 5 * 2 * 3

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr, ndtr
 
-from probdefense.attacks.tools.border import outside_inference, workable
 from probdefense.evaluation.bounds import Box, Layer, Uncertain, against, layers_of, spreads, through
 from probdefense.evaluation.intervals import wilson
 from probdefense.evaluation.report import Row
@@ -139,8 +138,8 @@ def certify_posterior(defense: Any, x: Inputs, *, eps: float, num_boxes: int = 1
     """
     x, eps = check_inputs(x), check_positive("eps", eps, zero=True)
     num_boxes = check_count("num_boxes", num_boxes)
-    with outside_inference(), torch.enable_grad():
-        return _certified(defense, workable(x), eps, num_boxes)
+    with torch.inference_mode(False), torch.enable_grad():  # boxes follow the gradient of the margin
+        return _certified(defense, x.detach().clone(), eps, num_boxes)
 
 
 def _certified(defense: Any, x: Inputs, eps: float, num_boxes: int) -> PosteriorCertificate:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -42,6 +43,13 @@ def around(net: nn.Module) -> list[dict[str, torch.Tensor]]:
     """Samples of the layers but the first, whose mean is the network."""
     state = {n: v for n, v in net.state_dict().items() if n[0] in "247" and v.is_floating_point()}
     return [{n: v + size * v.abs() for n, v in state.items()} for size in (-0.4, -0.3, -0.2, 0.2, 0.3, 0.4)]
+
+
+def center() -> Any:
+    """A prior around a network that is the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return pd.priors.centered(tiny_net(), 0.1)
 
 
 BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
@@ -87,9 +95,7 @@ BUILDERS: dict[str, Callable[[nn.Module], pd.Defense]] = {
     "bayesian of a hierarchy": partial(
         pd.defenses.bayesian, num_data=N, prior=pd.priors.hierarchical(dist.HalfCauchy(1.0))
     ),
-    "bayesian around a center": partial(
-        pd.defenses.bayesian, num_data=N, prior=pd.priors.centered(tiny_net(), 0.1)
-    ),
+    "bayesian around a center": partial(pd.defenses.bayesian, num_data=N, prior=center()),
     "bayesian per tensor": partial(pd.defenses.bayesian, num_data=N, layout="per_tensor"),
     "bayesian without prior": partial(pd.defenses.bayesian, num_data=N, prior=None),
     "bayesian on rse": lambda net: pd.defenses.bayesian(pd.defenses.rse(net), num_data=N),

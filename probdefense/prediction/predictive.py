@@ -139,7 +139,8 @@ def predict(
     seed = None if seed is None else check_seed(seed)
     alpha = None if alpha is None else check_share("alpha", alpha)
     logits_fn = as_logits_fn(logits_fn)
-    device = getattr(x[0] if isinstance(x, tuple) else x, "device", None)
+    first = x[0] if isinstance(x, tuple) and x else x
+    device = first.device if isinstance(first, Tensor) else None
     with torch.no_grad(), forked(seed, device):
         if alpha is not None and logits_fn.stochastic:
             return _joined([_settled(logits_fn, part, num_samples, alpha) for part in _parts(x)])

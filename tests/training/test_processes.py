@@ -38,7 +38,8 @@ def stepped(name, fabric=None):
         with torch.random.fork_rng():
             torch.manual_seed(5)
             draws = defense.draw(x)
-        draws = {n: v for n, v in draws.items() if not hasattr(defense.sites.get(n), "count")}
+        summed = [n for n, site in defense.sites.items() if getattr(site, "enumerated", False)]
+        draws = {n: v for n, v in draws.items() if n not in summed}
         rows = slice(WORLD["rank"], None, WORLD["world"])
         given = {n: v[rows] if any(n.startswith(site) for site in local) else v for n, v in draws.items()}
         step = defense.eval().step(mine, y, given)

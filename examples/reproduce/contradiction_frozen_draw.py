@@ -43,10 +43,11 @@ def builders(lab: Lab) -> dict[str, Any]:
 
 def on_one_draw(lab: Lab) -> Any:
     """The published protocol: PGD on one draw that stays, judged on others."""
+    steps = lab.gradients
 
     def frozen(f: Any, x: Any, y: Any, *, eps: float, norm: Any = math.inf, seed: Any = None) -> Any:
         fixed = f.freeze(1) if f.stochastic else f
-        return attacks.pgd(fixed, x, y, eps=eps, norm=norm, num_steps=lab.gradients, seed=seed)
+        return attacks.pgd(fixed, x, y, eps=eps, norm=norm, num_steps=steps, seed=seed)
 
     return pd.with_draws(frozen, 1)
 

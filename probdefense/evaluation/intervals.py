@@ -43,7 +43,8 @@ def wilson(
     share = successes / trials
     center = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2)) / (1 + z**2 / trials)
-    return max(0.0, center - half), min(1.0, center + half)
+    # At 0 and 1 the two ends meet the share, but for rounding.
+    return min(share, max(0.0, center - half)), max(share, min(1.0, center + half))
 
 
 def accuracy_interval(

@@ -1,6 +1,7 @@
 """Intervals hold the truth as often as they say, by simulation in worlds where it is known."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,11 @@ def test_a_tie_of_all_rows_is_no_evidence():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == [] and holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("trials", [1, 7, 360, 1437.5])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_an_interval_holds_its_share_to_the_last_bit(share, trials):
+    for dof in (math.inf, 2.0, 13.7):
+        low, high = wilson(share * trials, trials, dof=dof)
+        assert low <= share <= high

@@ -49,6 +49,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 def test_the_likelihood_is_a_distribution_and_that_of_the_simulation():
     theta, outcomes = {name: jnp.asarray(value) for name, value in PLANTED.items()}, every_outcome(2)
     expected = np.exp(np.asarray(log_likelihood(theta, outcomes), dtype=np.float64))

@@ -15,6 +15,8 @@ from probdefense.ops import lp_norm
 foolbox = pytest.importorskip("foolbox")
 pyautoattack = pytest.importorskip("pyautoattack")
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 
 FOOLBOX: dict[str, Callable] = {

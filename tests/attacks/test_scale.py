@@ -15,6 +15,8 @@ from probdefense.logits.losses import dlr, margin
 from probdefense.logits.rules import spread
 from probdefense.ops import lp_norm
 
+pytestmark = pytest.mark.slow
+
 attacks = pd.attacks
 MIN_NORM = {
     "cw": (partial(attacks.cw, num_steps=20, num_searches=4, init_c=0.1), 2),

@@ -61,6 +61,7 @@ def trained(floor):
     return scales(defense)
 
 
+@pytest.mark.slow
 def test_without_a_floor_training_takes_the_scales_down_and_a_floor_holds_them():
     """The known failure of learned scales: they follow the loss to zero."""
     free, held = trained(1e-6), trained(0.3)

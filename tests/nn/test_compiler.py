@@ -30,6 +30,8 @@ print(seconds, [name for name in ("torch._dynamo", "sympy", "torch.onnx") if nam
         ),
     ],
 )
+
+pytestmark = pytest.mark.slow
 def test_a_first_defense_and_its_attack_load_no_compiler(build, use):
     code = START.format(build=build, use=use)
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -230,6 +230,7 @@ def kept_on_noise():
     return defense, last_layer_nuts(defense, tiny_batch(50), num_samples=8, num_warmup=8, num_chains=1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:R-hat of a log-probability")
 def test_the_sampled_last_layer_is_a_defense_like_any_other():
     defense, gold = kept_on_noise()

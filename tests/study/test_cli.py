@@ -141,6 +141,7 @@ def test_an_out_that_cannot_be_written(place, monkeypatch, capsys, tmp_path):
     assert (tmp_path / "file").read_text() == "here"
 
 
+@pytest.mark.slow
 def test_running_on_digits_loads_neither_torchvision_nor_numpyro():
     code = (
         "import sys, pathlib\n"
@@ -202,6 +203,7 @@ def training(defenses, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defenses", ["none", pytest.param("none,rse", marks=pytest.mark.slow)])
 def test_an_interruption_in_the_middle_of_training_ends_with_130(defenses, tmp_path):
     if pool.cores() < len(defenses.split(",")):

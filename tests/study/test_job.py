@@ -169,6 +169,7 @@ def test_a_seed_fixes_every_byte(little, tmp_path, monkeypatch):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_a_defense_that_adapts_stands_beside_its_static_base(little, monkeypatch):
     monkeypatch.setattr(study_request, "QUICK", small(gradients=8, images=12, votes=20))
     monkeypatch.setattr(opponents, "ROUNDS", 1)

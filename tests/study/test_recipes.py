@@ -32,6 +32,7 @@ def test_the_order_of_the_catalog():
     assert [*RECIPES][:2] == ["none", "fgsm_retraining"] and [*RECIPES][-1] == "rmc"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_recipe_of_a_file_is_a_row(processes, small, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr("probdefense.study.pool.cores", lambda: processes)

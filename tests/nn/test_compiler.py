@@ -9,6 +9,8 @@ START = """
 import sys, time
 import torch
 import probdefense as pd
+
+pytestmark = pytest.mark.slow
 net, x, y = pd.models.small_cnn(), torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
 start = time.process_time()
 defense = {build}
@@ -30,8 +32,6 @@ print(seconds, [name for name in ("torch._dynamo", "sympy", "torch.onnx") if nam
         ),
     ],
 )
-
-pytestmark = pytest.mark.slow
 def test_a_first_defense_and_its_attack_load_no_compiler(build, use):
     code = START.format(build=build, use=use)
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

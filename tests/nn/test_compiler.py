@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 START = """
 import sys, time
 import torch
 import probdefense as pd
-
-pytestmark = pytest.mark.slow
 net, x, y = pd.models.small_cnn(), torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
 start = time.process_time()
 defense = {build}
@@ -40,7 +40,6 @@ def test_a_first_defense_and_its_attack_load_no_compiler(build, use):
     assert float(seconds) < 0.3
 
 
-@pytest.mark.slow
 def test_the_compiler_is_seen_where_it_is_loaded():
     code = START.format(build="torch.empty(1, device='meta') + 1", use="")
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

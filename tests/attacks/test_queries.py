@@ -8,13 +8,16 @@ import torch
 
 import probdefense as pd
 from probdefense.attacks import hop_skip_jump, square, zoo
+from probdefense.attacks.square import NOISY_RIVALS
 from probdefense.attacks.tools.gradient import climb, input_gradient
 from probdefense.attacks.tools.queries import Queries, both_ways, fitted_width, random_directions, slope_along
 from probdefense.attacks.tools.selection import Goal
+from probdefense.logits.adapters import counted
 from probdefense.logits.losses import margin, predictive_margin
 from probdefense.prediction.drawing import draw_keyed
 from probdefense.rng import Stream
-from tests.worlds import LinearWorld
+from tests.contract import defended
+from tests.worlds import LinearWorld, tiny_batch
 
 BUDGETED = {name: partial(getattr(pd.attacks, name), eps=0.3) for name in ("square", "nes", "spsa")}
 QUERYING = {**BUDGETED, "zoo": zoo, "hop_skip_jump": hop_skip_jump}
@@ -159,3 +162,11 @@ def test_a_start_that_is_given_is_used(digits_net):
     assert bool((net(x_adv).argmax(1) == target)[reach].all())
     nearer = (x_adv - x).flatten(1).norm(dim=1) < (start - x).flatten(1).norm(dim=1)
     assert bool(nearer[reach].all())
+
+
+def test_square_asks_again_about_the_point_it_holds():
+    """On a random defense a value that was lucky once must not stay: every step asks about all its points."""
+    cost, (x, y) = counted(defended("rse").samples(1)), tiny_batch()
+    pd.attacks.square(cost, x, y, eps=0.1, max_queries=200, seed=0)
+    step = NOISY_RIVALS + 1
+    assert 200 - 2 * step < cost.queries / len(x) <= 200

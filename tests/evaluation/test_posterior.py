@@ -18,7 +18,7 @@ from probdefense.evaluation.bounds import Box, Uncertain, layers_of, through
 from probdefense.evaluation.posterior import _by_boxes, _independent
 from tests.worlds import FAILURE_RATE, tiny_net
 
-DATA = Path(os.environ.get("PROBDEFENSE_DATA", "/work/shared/data"))
+DATA = Path(os.environ.get("PROBDEFENSE_DATA", "."))
 
 
 def seeded(net, scale=1.0, seed=3):

@@ -10,7 +10,7 @@ figures. Then the same networks face what was made since: EOT-APGD, C&W settled 
 
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ FAR = 28.0
 class Inside(Lab):
     """The data with pixels in [0.05, 0.95]."""
 
-    @property
+    @cached_property
     def split(self) -> pd.data.Split:
         """As they are, moved inside."""
         whole = super().split

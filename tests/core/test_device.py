@@ -50,7 +50,7 @@ def test_training_attacks_and_evaluation_run(build):
     assert report.rows
 
 
-def test_a_step_of_an_attack_does_not_wait():
+def test_a_call_and_its_gradient_do_not_wait():
     defense, (x, y) = rse(tiny_net()).eval().cuda(), tiny_batch(6)
     x, y = x.cuda(), y.cuda()
     pd.attacks.pgd(defense.samples(2), x, y, eps=0.1, num_steps=2)

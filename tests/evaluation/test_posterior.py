@@ -1,6 +1,5 @@
 """Certificates of Bayesian networks: exact where a layer is alone, sound on sampled weights and inputs."""
 
-import gzip
 import math
 import os
 from pathlib import Path
@@ -314,11 +313,8 @@ def public_posterior(name):
 
 
 def mnist(count):
-    folder = DATA / "MNIST" / "raw"
-    images = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())[16 : 16 + count * 784]
-    labels = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())[8 : 8 + count]
-    x = torch.frombuffer(bytearray(images), dtype=torch.uint8).view(count, 784) / 255
-    return x, torch.frombuffer(bytearray(labels), dtype=torch.uint8).long()
+    x, y = (part[:count] for part in pd.data.load("mnist", DATA).test.tensors)
+    return x.flatten(1), y
 
 
 @pytest.mark.skipif(

@@ -7,9 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-ROOM = 2**25
-"""Bytes that must be free before the work begins."""
-
 TargetName = Annotated[
     str,
     typer.Argument(
@@ -158,7 +155,7 @@ def _writing(out: Path, option: str) -> Iterator[None]:
 
     made = not out.exists()
     try:
-        reserve(out, ROOM)
+        reserve(out)
         yield
     except OSError as error:
         raise _unwritable(out, error) from error

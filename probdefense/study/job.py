@@ -53,9 +53,6 @@ STUDY = "study.toml"
 FILES = ("report.json", "timing.json", "arrays.npz", "robustness.png", "report.html", "posterior.nc")
 """What a run writes; the last of them if a defense is random."""
 
-ROOM = 2**25
-"""Bytes that must be free: the files are a few million, and HDF5 dies on a full disk."""
-
 
 @dataclass
 class Result:
@@ -269,7 +266,7 @@ def _write(result: Result, folder: Path) -> None:
         name = "adv_bnn" if "adv_bnn" in random else random[-1]
         x, y = (part[:ARVIZ_IMAGES] for part in result.test)
         tree = analysis.to_arviz(result.made[name], (x, y))
-        reserve(folder, ROOM)
+        reserve(folder)
         tree.to_netcdf(str(folder / "posterior.nc"))
 
 

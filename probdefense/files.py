@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOM = 2**25
-"""Bytes that must be free before work begins: files are a few million, and HDF5 dies on a full disk."""
+"""Bytes that a run needs: the files are a few million, and HDF5 dies on a full disk."""
 
 
 @contextmanager
@@ -35,13 +35,13 @@ def together(folder: Path) -> Iterator[Path]:
             path.replace(folder / path.name)
 
 
-def reserve(folder: Path) -> None:
-    """Writes `ROOM` bytes into a folder, made if needed, and takes them away again: quotas answer too.
+def reserve(folder: Path, size: int = ROOM) -> None:
+    """Writes so many bytes into a folder, made if needed, and takes them away again: quotas answer too.
 
     Raises:
         OSError: there is no room, or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(ROOM))
+        file.write(bytes(size))
         file.flush()

@@ -35,7 +35,7 @@ def together(folder: Path) -> Iterator[Path]:
             path.replace(folder / path.name)
 
 
-def reserve(folder: Path, size: int = ROOM) -> None:
+def reserve(folder: Path, size: int) -> None:
     """Writes so many bytes into a folder, made if needed, and takes them away again: quotas answer too.
 
     Raises:

@@ -34,7 +34,7 @@ def run(options: Mapping[str, Any], given: Collection[str]) -> None:
     first = fabric is None or fabric.is_global_zero
     if first:
         with _writing(out):
-            files.reserve(out)
+            files.reserve(out, files.ROOM)
     result = _result(request, split, options, fabric)
     if first:
         _finish(result, request, out, options["as_json"], options["verbose"])

@@ -151,11 +151,11 @@ def _refusing(option: str) -> Iterator[None]:
 @contextmanager
 def _writing(out: Path, option: str) -> Iterator[None]:
     """Work whose finished parts are kept in a folder, which must have room."""
-    from probdefense.files import reserve
+    from probdefense.files import ROOM, reserve
 
     made = not out.exists()
     try:
-        reserve(out)
+        reserve(out, ROOM)
         yield
     except OSError as error:
         raise _unwritable(out, error) from error

@@ -16,7 +16,7 @@ from probdefense.data import Split
 from probdefense.evaluation.certification import Certificate
 from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.report import Report, Row
-from probdefense.files import reserve, together, whole
+from probdefense.files import ROOM, reserve, together, whole
 from probdefense.prediction import predict
 from probdefense.study import plugins, store
 from probdefense.study.findings import compared, joined
@@ -266,7 +266,7 @@ def _write(result: Result, folder: Path) -> None:
         name = "adv_bnn" if "adv_bnn" in random else random[-1]
         x, y = (part[:ARVIZ_IMAGES] for part in result.test)
         tree = analysis.to_arviz(result.made[name], (x, y))
-        reserve(folder)
+        reserve(folder, ROOM)
         tree.to_netcdf(str(folder / "posterior.nc"))
 
 

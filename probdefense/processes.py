@@ -1,5 +1,6 @@
 """Several processes that do one job together, seen through Lightning Fabric; one alone is the least."""
 
+import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -34,6 +35,8 @@ class Processes:
                 f"expected a Fabric of {self.world} processes that talk to each other, got one that has not "
                 "been launched; call fabric.launch() first"
             )
+        if self.world > 1:
+            leave_at_exit()
 
     def gathered(self, item: Any) -> list[Any]:
         """What every process has, in the order of their ranks."""
@@ -95,3 +98,14 @@ class Processes:
     def device(self) -> torch.device | None:
         """Where this process computes; None to leave tensors where they are."""
         return None if self.fabric is None else self.fabric.device
+
+
+def leave_at_exit() -> None:
+    """Has this process leave its group at exit: threads of gloo, left alone, may abort a job that is done."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from probdefense.processes import leave_at_exit
+
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -50,4 +52,5 @@ def launched(device: torch.device) -> Any:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     fabric = Fabric(accelerator=device.type, devices=local, num_nodes=world // local, strategy="ddp")
     fabric.launch()
+    leave_at_exit()
     return fabric

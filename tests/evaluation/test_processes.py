@@ -1,5 +1,6 @@
 """Two processes find what one finds: reports and certificates to the byte, gradients to rounding."""
 
+import atexit
 import json
 import os
 import signal
@@ -51,6 +52,7 @@ def job(out):
     """What every process of a job does; each writes what it found."""
     fabric = launched()
     rank = fabric.global_rank
+    atexit.register(lambda: (out / f"group {rank}").write_text(str(torch.distributed.is_initialized())))
     for name in ("bayesian on rse", "deterministic"):
         evaluated(fabric, name).save(out / f"{name} {rank}")
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tiny_batch(23)), 5)
@@ -86,6 +88,7 @@ def dying(out):
 def test_two_processes_write_the_report_of_one(tmp_path):
     answer = torchrun(job, tmp_path)
     assert answer.returncode == 0, answer.stderr
+    assert [(tmp_path / f"group {rank}").read_text() for rank in (0, 1)] == ["False"] * 2
     for name in ("bayesian on rse", "deterministic"):
         one = files(evaluated(name=name), tmp_path / "one")
         assert all(files_of(tmp_path / f"{name} {rank}") == one for rank in (0, 1))

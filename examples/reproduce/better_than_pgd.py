@@ -19,12 +19,13 @@ import pyro.distributions as dist
 from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import Lab, Row, figure, over_seeds, run
+from lab import Lab, Row, figure, run
 
 import probdefense as pd
 from probdefense import attacks, defenses
 from probdefense.evaluation.comparison import compare
 from probdefense.objectives import elbo, trades
+from probdefense.study.findings import joined
 
 COMMON = {"batch_size": 64, "learning_rate": 8e-3, "num_samples": 20}
 SCALES = {
@@ -132,9 +133,10 @@ def rows(lab: Lab) -> Iterator[Row]:
                 defense, name, judges(lab, defense), journal=lab.work / f"final-{name}-{seed}"
             )
             reports.setdefault(name, []).append(report)
+        together = joined(reports[name])
         for attack in ("clean", "worst"):
-            rows = [report.row(attack=attack, rule="mean_prob") for report in reports[name]]
-            yield figure("Finalists on the test set", name, over_seeds(rows), epochs=lab.epochs)
+            row = together.row(attack=attack, rule="mean_prob")
+            yield figure("Finalists on the test set", name, row, epochs=lab.epochs)
     for name in others[: lab.finalists]:
         compared = compare(reports[name], reports["pgd_training"])
         for row in compared.rows:

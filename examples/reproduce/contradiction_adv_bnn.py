@@ -17,12 +17,13 @@ import pyro.distributions as dist
 from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import Lab, Row, figure, over_seeds, run
+from lab import Lab, Row, figure, run
 
 import probdefense as pd
 from probdefense import attacks, defenses
 from probdefense.evaluation.comparison import compare
 from probdefense.objectives import elbo
+from probdefense.study.findings import joined
 
 COMMON = {"data": "digits", "learning_rate": 8e-3, "batch_size": 64, "eps": 0.2, "num_samples": 20}
 SCALES = {
@@ -83,8 +84,8 @@ def rows(lab: Lab) -> Iterator[Row]:
             defense = lab.trained(label, seed, build, objective, learning_rate=rate)
             report = judged(lab, defense, name, seed=seed, journal=lab.work / f"{label}-{seed}")
             reports.setdefault(name, []).append(report)
-        for found in zip(*(report.rows for report in reports[name]), strict=True):
-            yield figure("Accuracy", name, over_seeds(found), learning_rate=rate)
+        for row in joined(reports[name]).rows:
+            yield figure("Accuracy", name, row, learning_rate=rate)
     for name in reports:
         if name != "pgd training":
             for row in compare(reports[name], reports["pgd training"]).rows:

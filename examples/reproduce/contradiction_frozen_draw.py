@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import Lab, Row, figure, over_seeds, run
+from lab import Lab, Row, figure, run
 
 import probdefense as pd
 from probdefense import attacks, defenses
+from probdefense.study.findings import joined
 
 COMMON = {"data": "digits", "learning_rate": 8e-3, "batch_size": 64, "eps": 0.2}
 SCALES = {
@@ -70,9 +71,9 @@ def rows(lab: Lab) -> Iterator[Row]:
         for seed in lab.seeds:
             defense = lab.trained(name, seed, build, lab.adversarial())
             rules = (pd.rules.mean_prob, pd.rules.single_draw)
-            reports.append(lab.judged(defense, f"{name}-{seed}", by_draws(lab), seed=seed, rules=rules))
-        for found in zip(*(report.rows for report in reports), strict=True):
-            yield figure(f"Verdict: {found[0]['rule']}", name, over_seeds(found))
+            reports.append(lab.judged(defense, name, by_draws(lab), seed=seed, rules=rules))
+        for row in joined(reports).rows:
+            yield figure(f"Verdict: {row['rule']}", name, row)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import pyro.distributions as dist
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import Lab, Row, figure, over_seeds, run
+from lab import Lab, Row, figure, run
 
 import probdefense as pd
 from probdefense import attacks, defenses
+from probdefense.study.findings import joined
 
 COMMON = {"data": "digits", "learning_rate": 8e-3, "batch_size": 64, "eps": 0.2}
 SCALES = {
@@ -69,7 +70,7 @@ def answers(lab: Lab, defense: Any, seed: int) -> Iterator[tuple[str, Any, Any, 
 def rows(lab: Lab) -> Iterator[Row]:
     """Every network, every way of answering."""
     for name, build in builders(lab).items():
-        found: dict[str, list[Any]] = {}
+        found: dict[str, list[pd.Report]] = {}
         for seed in lab.seeds:
             objective = lab.adversarial(
                 partial(pd.objectives.elbo, kl_weight=0.1 if name == "bayesian" else 1.0)
@@ -77,10 +78,10 @@ def rows(lab: Lab) -> Iterator[Row]:
             defense = lab.trained(name, seed, build, objective)
             for way, function, attack, rule in answers(lab, defense, seed):
                 options = {"seed": seed, "rules": (rule,), "journal": None}
-                for row in lab.judged(function, way, {"apgd": attack}, **options).rows:
-                    found.setdefault(f"{way}/{row['attack']}", []).append(row)
-        for way, same in found.items():
-            yield figure(name, way.partition("/")[0], over_seeds(same))
+                found.setdefault(way, []).append(lab.judged(function, way, {"apgd": attack}, **options))
+        for way, reports in found.items():
+            for row in joined(reports).rows:
+                yield figure(name, way, row)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import Lab, Row, figure, over_seeds, run
+from lab import Lab, Row, figure, run
 
 import probdefense as pd
 from probdefense import attacks, defenses, objectives
+from probdefense.study.findings import joined
 
 COMMON = {"data": "digits", "learning_rate": 8e-3, "batch_size": 64, "eps": 0.1}
 SCALES = {
@@ -72,9 +73,9 @@ def rows(lab: Lab) -> Iterator[Row]:
         reports = []
         for seed in lab.seeds:
             defense = lab.trained(name, seed, build, objective)
-            reports.append(lab.judged(defense, f"{name}-{seed}", named, seed=seed, journal=None))
-        for found in zip(*(report.rows for report in reports), strict=True):
-            yield figure(f"EOT over {lab.copies} copies", name, over_seeds(found))
+            reports.append(lab.judged(defense, name, named, seed=seed, journal=None))
+        for row in joined(reports).rows:
+            yield figure(f"EOT over {lab.copies} copies", name, row)
 
 
 if __name__ == "__main__":

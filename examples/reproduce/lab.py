@@ -141,7 +141,8 @@ class Lab:
     def judged(self, defense: Any, name: str, attacked_by: Mapping[str, Any], **options: Any) -> pd.Report:
         """The verdict on the test images, resumed from its journal."""
         asked: dict[str, Any] = {"eps": self.sizes.get("eps", 0.1), "num_samples": self.num_samples}
-        asked |= {"rules": (pd.rules.mean_prob,), "data": self.test, "journal": self.work / "journal" / name}
+        journal = self.work / "journal" / f"{name}-{options.get('seed', 0)}"
+        asked |= {"rules": (pd.rules.mean_prob,), "data": self.test, "journal": journal}
         asked |= options
         return pd.evaluate(defense, attacks=dict(attacked_by), name=name, **asked)
 
@@ -160,22 +161,6 @@ def figure(table: str, name: str, row: Mapping[str, Any], *, paper: float | None
     kept = {key: row[key] for key in ("attack", "eps", "rule", "num_samples", "gradients") if key in row}
     found = {value: row[value], "low": row["low"], "high": row["high"]}
     return {"table": table, "name": name, **kept, **found, "paper": paper, **more}
-
-
-def over_seeds(rows: Iterable[Mapping[str, Any]]) -> Row:
-    """The mean of one figure over training seeds, with Student's 95 % interval over three or more."""
-    from scipy.stats import t
-
-    found = list(rows)
-    values = torch.tensor([row["accuracy"] for row in found], dtype=torch.float64)
-    if len(values) < 3:
-        low, high = min(row["low"] for row in found), max(row["high"] for row in found)
-    else:
-        half = float(t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5)
-        within = sum(row["high"] - row["low"] for row in found) / (2 * len(found) ** 1.5)
-        half = (half**2 + within**2) ** 0.5
-        low, high = float(values.mean()) - half, float(values.mean()) + half
-    return {**found[0], "accuracy": float(values.mean()), "low": max(0.0, low), "high": min(1.0, high)}
 
 
 def run(item: str, about: str, rows: Callable[[Lab], Iterable[Row]], scales: Scales) -> None:

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import Lab, Row, figure, over_seeds, run
+from lab import Lab, Row, figure, run
 
 import probdefense as pd
 from probdefense import attacks
+from probdefense.study.findings import joined
 
 COMMON = {"learning_rate": 4e-3, "batch_size": 64, "num_samples": 1, "eps": 0.3}
 SCALES = {
@@ -76,9 +77,8 @@ def own(lab: Lab) -> Iterator[Row]:
                 more = {} if objective is None else {"objective": objective}
                 name = f"{label}-{width:g}"
                 defense = lab.trained(name, seed, partial(built, lab, width), **more)
-                reports.append(lab.judged(defense, f"{name}-{seed}", by_attack(lab), seed=seed))
-            for found in zip(*(report.rows for report in reports), strict=True):
-                row = over_seeds(found)
+                reports.append(lab.judged(defense, name, by_attack(lab), seed=seed))
+            for row in joined(reports).rows:
                 known = PAPER.get(row["attack"]) if (label, width) == ("adversarial", 1) else None
                 yield figure("Own networks", f"{label}, width {width:g}", row, paper=known)
 

@@ -67,7 +67,7 @@ def evaluate(
     with _refusing("--eps"):
         radii = judgement.radii(eps, data, power)
     with _refusing("--attacks"):
-        chosen = judgement.attacks_named(_names(attacks), ready.target, power)
+        chosen = judgement.attacks_named(_names(attacks), ready, power)
     with _writing(out, "--attacks"):
         report = judgement.evaluated(ready, chosen, power, radii, num_samples, out / "journal")
     if ready.first:

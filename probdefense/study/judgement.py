@@ -17,7 +17,7 @@ from probdefense.evaluation.protocol import evaluate
 from probdefense.evaluation.report import Report
 from probdefense.rng import derive
 from probdefense.study.fabric import device_of, launched
-from probdefense.study.opponents import attack_names, named_attack, suite_budget
+from probdefense.study.opponents import attack_names, check_budget, named_attack, suite_budget
 from probdefense.study.pool import steady
 from probdefense.study.request import FULL, versions
 from probdefense.study.targets import Target, check_images, looked_up, target
@@ -121,12 +121,14 @@ def _loader(test: Any, asked: Asked, device: torch.device) -> DataLoader:
     return DataLoader(kept, LOADED, collate_fn=collate, generator=torch.Generator())
 
 
-def attacks_named(names: Sequence[str], judged: Target, norm: Norm) -> dict[str, Attack]:
+def attacks_named(names: Sequence[str], ready: Ready, norm: Norm) -> dict[str, Attack]:
     """The attacks by the names that the command knows, and those of ``FILE.py:NAME``, at the usual budget.
 
     Raises:
-        ValueError: an unknown name, or a file that fails.
+        ValueError: an unknown name, a file that fails, or a target that needs a larger budget.
     """
+    judged, gradients = ready.target, FULL["gradients"]
+    x = next(batches(ready.loader))[0][:1]
     found: dict[str, Attack] = {}
     for name in names:
         if ".py:" in name:
@@ -134,7 +136,8 @@ def attacks_named(names: Sequence[str], judged: Target, norm: Norm) -> dict[str,
             continue
         check_member("attack", name, ["clean", *attack_names(), "FILE.py:NAME"])
         if name != "clean":
-            found[name] = named_attack(name, judged.logits_fn, FULL["gradients"])
+            check_budget(name, {}, judged.name, judged.logits_fn, x, gradients=gradients, norm=norm)
+            found[name] = named_attack(name, judged.logits_fn, gradients)
     return found
 
 

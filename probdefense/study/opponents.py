@@ -16,12 +16,15 @@ import torch
 
 from probdefense import attacks
 from probdefense.attacks.bpda import Surrogate
+from probdefense.attacks.tools.border import check_option
 from probdefense.core.defense import Defense
 from probdefense.defenses.jump_relu import surrogates
 from probdefense.evaluation.points import WithDraws, with_draws
+from probdefense.logits.adapters import as_logits_fn
 from probdefense.logits.losses import dlr, predictive_cross_entropy
 from probdefense.nn import BReLU, JumpReLU
 from probdefense.prediction.drawing import is_adaptive
+from probdefense.rng import forked
 from probdefense.study.keys import check_keys, check_values
 from probdefense.study.targets import looked_up
 from probdefense.types import Attack, Inputs, Labels, LogitsFn, Norm, Seed
@@ -192,6 +195,40 @@ def check_settings(where: str, settings: Mapping[str, Any]) -> None:
         known["num_samples"] = 1
     check_keys(f"the attack {where}", settings, known)
     check_values(f"the attack {where}", settings, known)
+    for name, value in settings.items() if hasattr(function, "is_attack") else ():
+        check_option(name, value)
+
+
+def check_budget(
+    of: str, settings: Mapping[str, Any], name: str, defense: Any, x: Inputs, *, gradients: int, norm: Norm
+) -> None:
+    """Refuses a budget that the suite could not start with on a defense, which need not be trained.
+
+    Args:
+        of: The attack by name; only the suite has a smallest budget.
+        settings: Its own settings.
+        name: Of the defense.
+        defense: What will be attacked.
+        x: One image, ``(1, *event)``; how many draws an answer has shows on it.
+        gradients: Per image and attack.
+        norm: Of the threat model.
+
+    Raises:
+        ValueError: too little; says how much is needed.
+    """
+    if of != "suite":
+        return
+    function = as_logits_fn(defense)
+    with torch.no_grad(), forked(0, x.device):
+        width = len(function(x, 1))
+    least = attacks.least_budget(function, norm=norm, width=width, target=settings.get("target") is not None)
+    budget = settings.get("budget", suite_budget(gradients))
+    if budget < least:
+        raise ValueError(
+            f"expected a budget of at least {least} evaluations per image for the suite on {name}, got "
+            f"{budget}, which does not pay for ten steps of every attack; give more in a study file (budget of "
+            "the [[attack]], or gradients, a third of it) or in Python"
+        )
 
 
 def attack_names() -> list[str]:

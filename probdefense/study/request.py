@@ -3,7 +3,7 @@
 import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from probdefense.evaluation.examples import gather
 from probdefense.study import plugins
 from probdefense.study.fabric import device_of
 from probdefense.study.nets import Facts, check_net, facts_of
-from probdefense.study.opponents import check_settings, suite_budget
+from probdefense.study.opponents import check_budget, check_settings, suite_budget
 from probdefense.study.plans import Plan, plan_for
 from probdefense.study.recipes import RECIPES, VALIDATION, Rehearsal, Variant
-from probdefense.types import Norm
+from probdefense.types import Inputs, Norm
 from probdefense.validation import check_count, check_examples, check_member
 
 FULL = {
@@ -43,6 +43,9 @@ ADAPTIVE = "adaptive"
 
 JUDGE = "suite"
 """The attack that no defense is judged without, once it is attacked at all."""
+
+OURS = "probdefense."
+"""Where our recipes are; those of others are made once more, without training, before the work."""
 
 
 @dataclass(frozen=True)
@@ -157,16 +160,35 @@ def prepare(request: Request) -> tuple[Request, Split]:
     with naming("--net"):
         check_net(wanted.plan.net, facts)
     with naming("--study"):
-        _rehearse(wanted, split)
+        rehearsed = _rehearse(wanted, split)
+    with naming("--attacks"):
+        _check_budgets(wanted, rehearsed, gather(Subset(split.test, [0]))[0])
     return wanted, split
 
 
-def _rehearse(request: Request, data: Split) -> None:
-    """Makes, without training, what has arguments of its own."""
+def _rehearse(request: Request, data: Split) -> dict[str, Any]:
+    """Makes, without training, what has arguments of its own, and what the suite may not have the budget for.
+
+    Of our recipes none needs more than the budget that the suite has by default.
+    """
     shop = Rehearsal(data, request.radius, 1, plan=request.plan, variants=request.variants)
+    shots = [request.shot(name) for name in request.attacks]
+    asked = any("budget" in shot.arguments for shot in shots if shot.of == JUDGE)
     for name in request.defenses:
-        if request.variant(name).arguments:
+        if request.variant(name).arguments or asked:
             shop.make(name)
+        elif JUDGE in request.attacks and not request.recipe(name).make.__module__.startswith(OURS):
+            with suppress(Exception):  # what is wrong with it shows when it runs
+                shop.make(name)
+    return shop.made
+
+
+def _check_budgets(request: Request, made: Mapping[str, Any], x: Inputs) -> None:
+    """Refuses suites that could not start on what has been made without training."""
+    for shot in map(request.shot, request.attacks):
+        for name, defense in made.items():
+            gradients = request.size["gradients"]
+            check_budget(shot.of, shot.arguments, name, defense, x, gradients=gradients, norm=request.norm)
 
 
 @contextmanager

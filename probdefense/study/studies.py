@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from probdefense.checks.comparisons import FEWEST_QUERIES
 from probdefense.study import plugins
 from probdefense.study.keys import check_keys, check_values
 from probdefense.study.plans import Plan
@@ -20,6 +21,9 @@ NORMS = {"inf": math.inf, "2": 2.0, "1": 1.0}
 """The norms of a threat model, as files spell them."""
 
 SIZES = {name: count for name, count in FULL.items() if name != "epochs"}
+
+LEAST = {"check_gradients": FEWEST_QUERIES}
+"""Below these there is nothing to see."""
 
 TOP: dict[str, Any] = {
     **{"data": "digits", "data_root": "data", "net": "small_cnn", "eps": 0.2, "norm": None},
@@ -61,7 +65,9 @@ def read(path: Path) -> dict[str, Any]:
         check_member("norm", spelled, NORMS)
         found["norm"] = NORMS[spelled]
     found |= seeded(_counts("seeds", content["seeds"])) if "seeds" in content else {}
-    found["sizes"] = {name: check_count(name, content[name]) for name in SIZES if name in content}
+    found["sizes"] = {
+        name: check_count(name, content[name], LEAST.get(name, 1)) for name in SIZES if name in content
+    }
     found["training"] = _training(content.get("training", {}))
     if "defense" in content:
         found["defenses"], found["variants"] = _rows(content["defense"], "defense", "recipe", _variant)

@@ -19,6 +19,24 @@ def mine(shop, sigma=0.1):
 """
 
 
+WIDE = """
+import torch
+import probdefense as pd
+from probdefense.study import recipe
+
+class Seven:
+    stochastic = False
+    def __init__(self, members):
+        self.members = members
+    def __call__(self, x, num_samples=None):
+        return torch.cat([member(x) for member in self.members])
+
+@recipe("seven", about="seven networks, all of which answer")
+def seven(shop):
+    return Seven([shop.fit(shop.plain()) for _ in range(7)])
+"""
+
+
 @pytest.fixture(autouse=True)
 def table():
     """The table as it was."""
@@ -50,6 +68,16 @@ def test_a_recipe_of_a_file_is_a_row(processes, small, monkeypatch, tmp_path):  
     assert run(monkeypatch, "compare", "--defenses", f"none,{name}", *options, "--out", str(tmp_path)) == 0
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert {row["defense"] for row in rows} == {"none", name}
+
+
+def test_answers_too_wide_for_the_suite_are_refused_before_training(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(Workshop, "fit", lambda *_: pytest.fail("trained"))
+    (tmp_path / "wide.py").write_text(WIDE)
+    options = ["--recipes", str(tmp_path / "wide.py"), "--quick", "--attacks", "pgd"]
+    assert run(monkeypatch, "compare", "--defenses", "seven", *options, "--out", str(tmp_path / "out")) == 2
+    printed = capsys.readouterr()
+    assert "--attacks: expected a budget of at least 1165 evaluations per image" in printed.err
+    assert printed.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_the_list_shows_recipes_of_a_file(monkeypatch, capsys, tmp_path):

@@ -45,6 +45,14 @@ def odd(x, num_samples):
 def nothing(x, num_samples):
     return torch.full((num_samples or 1, len(x), 10), torch.nan)
 
+class Wide:
+    stochastic = False
+
+    def __call__(self, x, num_samples=None):
+        return torch.zeros(8, len(x), 10)
+
+wide = Wide()
+
 def late(x, num_samples):
     return answers(x, num_samples) / (len(x) < 3)  # two images are fine, a chunk is not
 
@@ -209,6 +217,11 @@ def test_options_that_do_not_fit_are_refused(
 def test_numbers_out_of_range_are_refused(command, options, named, said, place, monkeypatch, capsys):
     sentence = refused(capsys, monkeypatch, place, command, "good.safetensors", *options)
     assert named in sentence and said in sentence
+
+
+def test_answers_too_wide_for_the_suite_are_refused(place, monkeypatch, capsys):
+    sentence = refused(capsys, monkeypatch, place, "evaluate", "mine.py:wide")
+    assert "--attacks" in sentence and "at least 1331 evaluations per image for the suite on wide" in sentence
 
 
 @pytest.mark.parametrize("target", ["plain.safetensors", "mine.py:net", "mine.py:answers"])

@@ -210,12 +210,22 @@ def _checked_option(name: str, value: Any, x: Inputs, y: Labels) -> Any:
         return check_norm(value)
     if name == "target":
         return _checked_target(value, y)
+    if name == "start":
+        return check_like(value, x, name)
     if name in FUNCTIONS:
         check_function(name, value, *FUNCTIONS[name])
-    elif name in FLAGS:
+    return check_option(name, value)
+
+
+def check_option(name: str, value: Any) -> Any:
+    """A setting that is a number or a flag, checked by its name; anything else as it is.
+
+    Raises:
+        TypeError: another type.
+        ValueError: out of range.
+    """
+    if name in FLAGS:
         check_kind(name, value, bool, "give True or False")
-    elif name == "start":
-        return check_like(value, x, name)
     elif name.startswith("num_") or name in ("repeats", "max_queries", "budget"):
         return check_count(name, value)
     elif name in POSITIVE or name in NOT_NEGATIVE:

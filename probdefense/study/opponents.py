@@ -226,8 +226,8 @@ def check_budget(
     if budget < least:
         raise ValueError(
             f"expected a budget of at least {least} evaluations per image for the suite on {name}, got "
-            f"{budget}, which does not pay for ten steps of every attack; give more in a study file (budget of "
-            "the [[attack]], or gradients, a third of it) or in Python"
+            f"{budget}, which does not pay for ten steps of every attack; give more in a study file (budget "
+            "of the [[attack]], or gradients, a third of it) or in Python"
         )
 
 

@@ -19,7 +19,10 @@ COMMITTED = sorted(file for file in pages.RESULTS.glob("*.json") if file.stem !=
 def test_a_script_has_every_scale(item):
     script = importlib.import_module(item)
     assert set(script.SCALES) == {"smoke", "cpu", "gpu"}
-    assert all({"data", "images", "epochs", "seeds"} <= set(sizes) for sizes in script.SCALES.values())
+    for sizes in script.SCALES.values():
+        assert all(
+            {"data", "images", "epochs", "seeds"} <= {*sizes, *world} for world in sizes.get("worlds", [{}])
+        )
     assert (FOLDER / f"{item}.py").read_text().count("\n") < 260
 
 

@@ -5,12 +5,14 @@
 Every candidate is trained for the same CPU seconds on one thread: its number of epochs follows from the
 measured cost of one. Candidates are first compared on a part of the training set that no one trains on; the
 two best then face PGD training on the test set with three or more training seeds.
-The judge is the worst of the suite, APGD on DLR and PGD on the margin, on fresh draws.
+The judge is the worst of the suite, APGD on DLR and PGD on the margin, on fresh draws; the search does without
+the suite.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,22 +29,26 @@ from probdefense.evaluation.comparison import compare
 from probdefense.objectives import elbo, trades
 from probdefense.study.findings import joined
 
-COMMON = {"batch_size": 64, "learning_rate": 8e-3, "num_samples": 20}
+COMMON = {"batch_size": 64, "num_samples": 20}
+DIGITS = {"data": "digits", "eps": 0.2, "train_images": None, "images": 360, "held_out": 287}
+DIGITS |= {"seconds": 40.0, "epochs": 46, "rates": [8e-3, 16e-3], "learning_rate": 8e-3}
+MNIST = {"data": "mnist-5k", "eps": 0.3, "train_images": None, "images": 400, "held_out": 300}
+MNIST |= {"seconds": 60.0, "epochs": 14, "rates": [4e-3], "learning_rate": 4e-3, "warm_up": 0.3}
 SCALES = {
-    "smoke": {**COMMON, "data": "digits", "eps": 0.2, "train_images": 500, "images": 20, "seconds": 1.0}
-    | {"epochs": 4, "held_out": 20, "seeds": [0], "budget": 1000, "rates": [8e-3], "finalists": 1},
-    "cpu": {**COMMON, "data": "digits", "eps": 0.2, "train_images": None, "images": 360, "seconds": 40.0}
+    "smoke": {**COMMON, "seeds": [0], "budget": 1000, "search_budget": 400, "finalists": 1}
     | {
-        "epochs": 46,
-        "held_out": 287,
-        "seeds": [0, 1, 2],
-        "budget": 1000,
-        "rates": [8e-3, 16e-3],
-        "finalists": 2,
+        "images": 20,
+        "worlds": [DIGITS | {"train_images": 500, "images": 20, "held_out": 20, "seconds": 1.0}],
     },
-    "gpu": {**COMMON, "data": "cifar10", "eps": 8 / 255, "train_images": None, "images": 1000}
-    | {"seconds": 36_000.0, "epochs": 100, "held_out": 1000, "seeds": [0, 1, 2], "budget": 5000}
-    | {"rates": [8e-3, 16e-3], "finalists": 2},
+    "cpu": {**COMMON, "seeds": [0, 1, 2], "budget": 1000, "search_budget": 400, "finalists": 2}
+    | {"worlds": [DIGITS, MNIST]},
+    "gpu": {**COMMON, "seeds": [0, 1, 2], "budget": 5000, "search_budget": 400, "finalists": 2}
+    | {
+        "worlds": [
+            {"data": "cifar10", "eps": 8 / 255, "train_images": None, "images": 1000, "held_out": 1000}
+            | {"seconds": 36_000.0, "epochs": 100, "rates": [8e-3, 16e-3], "learning_rate": 8e-3}
+        ]
+    },
 }
 
 
@@ -69,27 +75,28 @@ def candidates(lab: Lab, num_data: int) -> dict[str, tuple[Callable[[], Any], Ca
     }
 
 
-def judges(lab: Lab, defense: Any) -> dict[str, Any]:
+def judges(defense: Any, budget: int) -> dict[str, Any]:
     """The suite, APGD on DLR and PGD on the margin."""
     draws = 8 if defense.stochastic else 1
-    steps = max(10, lab.budget // (2 * draws))
+    steps = max(10, budget // (2 * draws))
     named = {
         "apgd_dlr": partial(attacks.apgd, loss=pd.losses.dlr),
         "pgd_margin": partial(attacks.pgd, loss=pd.losses.margin),
     }
     found = {name: pd.with_draws(partial(attack, num_steps=steps), draws) for name, attack in named.items()}
-    return {"suite": partial(attacks.suite, budget=lab.budget), **found}
+    return {"suite": partial(attacks.suite, budget=budget), **found}
 
 
 def epochs_for(lab: Lab, name: str, rate: float) -> int:
-    """Epochs that fit into the seconds, from the CPU time of one."""
+    """Epochs that fit into the seconds, from the CPU time of two after one that does not count."""
     place = lab.work / f"epochs-{name}.txt"
     if not place.exists():
         build, objective = candidates(lab, lab.num_data)[name]
-        start = time.process_time()
-        lab.trained(f"first-{name}", 0, build, objective(), epochs=1, learning_rate=rate)
-        spent = max(0.01, time.process_time() - start)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        for epochs in (1, 2):
+            start = time.process_time()
+            label = f"{lab.data}-{epochs}-epochs-{name}"
+            lab.trained(label, 0, build, objective(), epochs=epochs, learning_rate=rate)
+            spent = (time.process_time() - start) / epochs
         place.write_text(str(max(2, round(lab.seconds / spent))))
     return int(place.read_text())
 
@@ -110,38 +117,50 @@ def searched(lab: Lab) -> Iterator[tuple[str, float, Row]]:
     part, held = kept_apart(lab)
     for name, (build, objective) in candidates(lab, len(part)).items():
         for rate in lab.rates:
-            label = f"search-{name}-{rate:g}"
+            label = f"{lab.data}-search-{name}-{rate:g}"
             lab.sizes = {**lab.sizes, "epochs": epochs_for(lab, name, rate)}
             defense = lab.trained(label, 0, build, objective(), learning_rate=rate, train=part)
-            yield name, rate, worst(lab.judged(defense, label, judges(lab, defense), data=held))
+            against = judges(defense, lab.search_budget)
+            del against["suite"]
+            yield name, rate, worst(lab.judged(defense, label, against, data=held))
+
+
+def final(lab: Lab, name: str, rate: float) -> list[pd.Report]:
+    """A finalist on the test set, by training seed."""
+    build, objective = candidates(lab, lab.num_data)[name]
+    lab.sizes = {**lab.sizes, "epochs": epochs_for(lab, name, rate)}
+    reports = []
+    for seed in lab.seeds:
+        label = f"{lab.data}-final-{name}"
+        defense = lab.trained(label, seed, build, objective(), learning_rate=rate)
+        reports.append(lab.judged(defense, label, judges(defense, lab.budget), seed=seed))
+    return reports
+
+
+def on(lab: Lab) -> Iterator[Row]:
+    """The search on one data set, then the finalists on its test set."""
+    best: dict[str, tuple[float, float]] = {}
+    for name, rate, row in searched(lab):
+        title = f"{lab.data}: search on held-out training images"
+        yield figure(title, name, row, learning_rate=rate, epochs=lab.epochs, seed=0)
+        best[name] = max(best.get(name, (0.0, 0.0)), (row["accuracy"], rate))
+    others = sorted((name for name in best if name != "pgd_training"), key=lambda name: -best[name][0])
+    reports = {}
+    for name in ["pgd_training", *others[: lab.finalists]]:
+        reports[name] = final(lab, name, best[name][1])
+        for attack in ("clean", "worst"):
+            row = joined(reports[name]).row(attack=attack, rule="mean_prob")
+            yield figure(f"{lab.data}: finalists on the test set", name, row, epochs=lab.epochs)
+    for name in others[: lab.finalists]:
+        for row in compare(reports[name], reports["pgd_training"]).rows:
+            if row["attack"] in ("clean", "worst"):
+                yield figure(f"{lab.data}: difference to PGD training", name, row)
 
 
 def rows(lab: Lab) -> Iterator[Row]:
-    """The search, then the finalists on the test set."""
-    best: dict[str, tuple[float, float]] = {}
-    for name, rate, row in searched(lab):
-        yield figure("Search on held-out training images", name, row, learning_rate=rate, seed=0)
-        best[name] = max(best.get(name, (0.0, 0.0)), (row["accuracy"], rate))
-    others = sorted((name for name in best if name != "pgd_training"), key=lambda name: -best[name][0])
-    reports: dict[str, list[pd.Report]] = {}
-    for name in ["pgd_training", *others[: lab.finalists]]:
-        build, objective = candidates(lab, lab.num_data)[name]
-        lab.sizes = {**lab.sizes, "epochs": epochs_for(lab, name, best[name][1])}
-        for seed in lab.seeds:
-            defense = lab.trained(f"final-{name}", seed, build, objective(), learning_rate=best[name][1])
-            report = lab.judged(
-                defense, name, judges(lab, defense), journal=lab.work / f"final-{name}-{seed}"
-            )
-            reports.setdefault(name, []).append(report)
-        together = joined(reports[name])
-        for attack in ("clean", "worst"):
-            row = together.row(attack=attack, rule="mean_prob")
-            yield figure("Finalists on the test set", name, row, epochs=lab.epochs)
-    for name in others[: lab.finalists]:
-        compared = compare(reports[name], reports["pgd_training"])
-        for row in compared.rows:
-            if row["attack"] in ("clean", "worst"):
-                yield figure("Difference to PGD training", name, row)
+    """One data set after the other."""
+    for world in lab.worlds:
+        yield from on(replace(lab, sizes={**lab.sizes, **world}, work=lab.work / world["data"]))
 
 
 if __name__ == "__main__":

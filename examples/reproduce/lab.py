@@ -84,8 +84,9 @@ class Lab:
         return small_net(self.data)
 
     def inner_attack(self, **options: Any) -> Any:
-        """The inner maximization of adversarial training: PGD, whose radius grows in the first tenth."""
-        steps = max(1, self.epochs * -(-self.num_data // self.batch_size) // 10)
+        """The inner maximization of adversarial training: PGD, whose radius grows first."""
+        grows = self.sizes.get("warm_up", 0.1)
+        steps = max(1, round(grows * self.epochs * -(-self.num_data // self.batch_size)))
         inner = partial(attacks.pgd, num_steps=self.sizes.get("inner_steps", 4), **options)
         return objectives.warm_up(inner, eps=self.eps, num_steps=steps)
 

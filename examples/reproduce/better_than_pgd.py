@@ -5,8 +5,8 @@
 Every candidate is trained for the same CPU seconds on one thread: its number of epochs follows from the
 measured cost of one. Candidates are first compared on a part of the training set that no one trains on; the
 two best then face PGD training on the test set with three or more training seeds.
-The judge is the worst of the suite, APGD on DLR and PGD on the margin, on fresh draws; the search does without
-the suite.
+The judge is the worst of the suite, APGD on DLR and PGD on the margin, on fresh draws; the search does
+without the suite.
 """
 
 import sys

@@ -23,7 +23,7 @@ import probdefense as pd
 from probdefense import attacks
 from probdefense.study.findings import joined
 
-COMMON = {"learning_rate": 4e-3, "batch_size": 64, "num_samples": 1, "eps": 0.3}
+COMMON = {"learning_rate": 4e-3, "batch_size": 64, "num_samples": 1, "eps": 0.3, "warm_up": 0.3}
 SCALES = {
     "smoke": {**COMMON, "data": "digits", "eps": 0.2, "train_images": None, "images": 40, "epochs": 6}
     | {"seeds": [0], "restarts": 2, "budget": 200, "widths": [1]},

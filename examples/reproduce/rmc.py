@@ -20,7 +20,7 @@ from lab import Lab, Row, figure, run
 import probdefense as pd
 from probdefense import attacks
 
-COMMON = {"learning_rate": 4e-3, "batch_size": 64, "num_samples": 1, "eps": 0.3, "seeds": [0]}
+COMMON = {"learning_rate": 4e-3, "batch_size": 64, "num_samples": 1, "eps": 0.3, "seeds": [0], "warm_up": 0.3}
 SCALES = {
     "smoke": {**COMMON, "data": "digits", "eps": 0.2, "train_images": 400, "images": 6, "epochs": 4}
     | {"neighbors": 32, "steps": 8, "rounds": 1, "group": 6, "max_epochs": 3},

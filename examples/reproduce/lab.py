@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from probdefense import attacks, objectives, training
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "docs" / "results"
+PICTURE = "picture.png"
 PACKAGES = ("probdefense", "torch", "pyro-ppl", "numpy")
 
 Row = dict[str, Any]
@@ -147,6 +149,19 @@ class Lab:
         asked |= options
         return pd.evaluate(defense, attacks=dict(attacked_by), name=name, **asked)
 
+    def drawn(self, images: Mapping[str, torch.Tensor]) -> None:
+        """A picture for the page: a row of images under each name."""
+        from matplotlib.figure import Figure
+
+        count = max(len(row) for row in images.values())
+        sheet = Figure(figsize=(count, len(images)), dpi=60)
+        for i, ax in enumerate(sheet.subplots(len(images), count, squeeze=False).flat):
+            name = list(images)[i // count]
+            ax.imshow(images[name][i % count].permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[], ylabel="" if i % count else name.replace("_", "\n"))
+        sheet.tight_layout(pad=0.2)
+        sheet.savefig(self.work / PICTURE)
+
 
 def figure(table: str, name: str, row: Mapping[str, Any], *, paper: float | None = None, **more: Any) -> Row:
     """A row of a report as one figure of a table, in percent where it is an accuracy.
@@ -175,6 +190,9 @@ def run(item: str, about: str, rows: Callable[[Lab], Iterable[Row]], scales: Sca
     made = result(item, about, asked.scale, rows, scales, asked.work)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{item}.json").write_text(json.dumps(made, indent=1) + "\n")
+    picture = asked.work / item / asked.scale / PICTURE
+    if picture.exists():
+        shutil.copy(picture, out / f"{item}.png")
     print(f"wrote {out / f'{item}.json'}")
 
 

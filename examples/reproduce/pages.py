@@ -21,6 +21,9 @@ ITEMS = (
 COLUMNS = ("attack", "radius", "rule", "c", "queries", "learning_rate", "layer", "epochs")
 """What else may name a figure, shown where the rows of a table differ in it."""
 
+PICTURES = {"rse": "Clean digits, and for each defense the nearest points found that pass for the next digit"}
+"""By script: what its picture shows."""
+
 Row = dict[str, Any]
 
 
@@ -32,6 +35,8 @@ def page(result: dict[str, Any]) -> str:
     parts += [f"```bash\n{result['command']}\n```"]
     for title in dict.fromkeys(row["table"] for row in result["rows"]):
         parts += [f"## {title}", table([row for row in result["rows"] if row["table"] == title])]
+    if (RESULTS / f"{result['item']}.png").exists():
+        parts += ["## Images", f"![{PICTURES[result['item']]}]({result['item']}.png)"]
     return "\n\n".join([*parts, card(result)]) + "\n"
 
 

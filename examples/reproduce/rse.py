@@ -169,8 +169,8 @@ def queries(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
 def targeted(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
     """Table 3: how far targeted points lie, root mean square L2 in pixels."""
     x, y = (part[:20] for part in lab.test)
+    target, points = (y + 1) % 10, {"clean": x}
     for name, defense in named.items():
-        target = (y + 1) % 10
         draws = 4 if defense.stochastic else 1
         found = attacks.cw(
             defense.freeze(draws),
@@ -181,6 +181,7 @@ def targeted(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
             num_searches=4,
             seed=0,
         )
+        points[name] = found
         squared = (found - x).flatten(1).square().sum(1).double()
         reached = squared[squared > 0]
         if len(reached) < 2:
@@ -190,6 +191,7 @@ def targeted(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
         shown = {"value": mean, "low": max(0.0, mean - half), "high": mean + half}
         note = f"squared L2 of the {len(reached)} of {len(x)} images that reach the next class"
         yield figure("Table 3", name, shown, attack="cw, targeted", unit="pixels squared", note=note)
+    lab.drawn({name: images[:8] for name, images in points.items()})
 
 
 def rows(lab: Lab) -> Iterator[Row]:

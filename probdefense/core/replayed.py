@@ -226,6 +226,7 @@ class FrozenReplay:
     latents: dict[tuple[int, ...], list[dict[str, tuple[Tensor, int | None]]]] = field(default_factory=dict)
 
     stochastic = False
+    runtime_attributes = ("latents",)  # which no fingerprint holds
 
     def __call__(self, x: Inputs, num_samples: int | None = None) -> Tensor:
         """Logits of every member, ``(num_samples, batch, classes)``; the count is fixed."""

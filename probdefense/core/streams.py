@@ -216,6 +216,7 @@ class Cached:
     """
 
     repeats = True
+    runtime_attributes = ("kept",)  # which no fingerprint holds
 
     def __init__(self, stream: Keys):
         self.stream, self.shared = stream, stream.shared

@@ -8,8 +8,9 @@ import numpy as np
 class Arrays(dict[str, np.ndarray]):
     """Arrays by key ``kind/defense[/attack[/eps[/rule]]]``; a radius is written with all its digits.
 
-    Kinds: ``labels``, ``ids`` (the numbers of the examples in the whole set) and ``distance``,
-    ``(batch,)``; ``correct`` ``(verdicts, batch)`` by rule;
+    Kinds: ``labels``, ``ids`` (the numbers of the examples in the whole set), ``distance`` and
+    ``fingerprint`` (a number that tells the defense from others), ``(batch,)``;
+    ``correct`` ``(verdicts, batch)`` by rule;
     ``log_probs`` ``(batch, classes)`` of the mean probability; ``expected_entropy`` ``(batch,)`` in nats.
 
     Examples:

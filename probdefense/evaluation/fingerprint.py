@@ -48,6 +48,14 @@ def fingerprint(thing: Any, name: str) -> str:
     return total.hexdigest()
 
 
+def mark(thing: Any) -> int:
+    """The fingerprint of a thing as a number of 60 bits; 0 where it has none."""
+    try:
+        return int(fingerprint(thing, "defense")[:15], 16)
+    except ValueError:
+        return 0
+
+
 def _write(thing: Any, say: Words, seen: list[int]) -> None:
     """Says the words that tell a thing from others; `seen` are the things that hold it."""
     if id(thing) in seen:
@@ -96,13 +104,9 @@ def _write_object(thing: Any, say: Words, seen: list[int]) -> None:
             thing.__kwdefaults__,
         ]
         parts += [*cells, {k: v for k, v in vars(thing).items() if k not in ("__wrapped__", "__signature__")}]
-    elif dataclasses.is_dataclass(thing) or isinstance(thing, torch.distributions.Distribution):
-        parts = [
-            type(thing),
-            {k: v for k, v in vars(thing).items() if k not in ("_validate_args", "stacklevel")},
-        ]
-    elif _is_ours(thing) and hasattr(thing, "__dict__"):
-        parts = [type(thing), vars(thing)]
+    elif _speaks_by_attributes(thing):
+        passing = {"_validate_args", "stacklevel", *getattr(type(thing), "runtime_attributes", ())}
+        parts = [type(thing), {k: v for k, v in vars(thing).items() if k not in passing}]
     else:
         raise TypeError(f"it holds {type(thing).__name__}, which has no fingerprint")
     say(f"{type(thing).__name__} of {len(parts)}")
@@ -131,5 +135,8 @@ def _write_module(module: nn.Module, say: Words, seen: list[int]) -> None:
         _write([name, value], say, seen)
 
 
-def _is_ours(thing: Any) -> bool:
-    return type(thing).__module__.startswith("probdefense.")
+def _speaks_by_attributes(thing: Any) -> bool:
+    """Whether the attributes of an object are all that it is."""
+    if dataclasses.is_dataclass(thing) or isinstance(thing, torch.distributions.Distribution):
+        return True
+    return type(thing).__module__.startswith("probdefense.") and hasattr(thing, "__dict__")

@@ -18,6 +18,7 @@ from torch import Tensor
 from probdefense.evaluation import standing
 from probdefense.evaluation.arrays import radii_of
 from probdefense.evaluation.examples import Chunk, chunks, gather, num_chunks
+from probdefense.evaluation.fingerprint import mark
 from probdefense.evaluation.intervals import ESTIMANDS
 from probdefense.evaluation.journal import Book
 from probdefense.evaluation.points import Run, Spent, Threat, attacked, runs
@@ -169,8 +170,7 @@ def evaluate(
             see = _see_standing if until_broken else _see_chunk
             see(book, judge._replace(kept={}), chunk, runs, threat, draw_chunk)
     report = Report([], asked | about)
-    report.arrays.put(np.concatenate(labels), "labels", name)
-    report.arrays.put(first + np.arange(len(report.arrays.at("labels", name))), "ids", name)
+    _file_examples(report, name, np.concatenate(labels), first, mark(logits_fn))
     Rows(report, name, draws_kind(logits_fn)).file(book.joined(), runs, threat)
     report.rows = [
         row | {"max_queries": budgets[row["attack"]]} if row["attack"] in budgets else row
@@ -207,6 +207,13 @@ def _see_standing(
         return
     for place, record in standing.records(judge, chunk, runs, threat, draw_chunk):
         book.write(place, chunk, record)
+
+
+def _file_examples(report: Report, name: str, labels: np.ndarray, first: int, defense: int) -> None:
+    """Files what tells the examples from others, and the defense that saw them."""
+    ids = first + np.arange(len(labels))
+    for kind, array in (("labels", labels), ("ids", ids), ("fingerprint", np.full_like(ids, defense))):
+        report.arrays.put(array, kind, name)
 
 
 def _about(chunk: Chunk) -> dict[str, Any]:

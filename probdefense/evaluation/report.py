@@ -43,7 +43,8 @@ class Report(Exports):
             ``correct/<defense>/<attack>/<eps>/<rule>`` of shape ``(verdicts, batch)``;
             ``log_probs/<defense>/<attack>/<eps>`` of the mean probability and ``expected_entropy/...`` in
             nats; ``distance/<defense>/<attack>`` of minimum-norm points,
-            whose own verdicts stand under radius ``inf``.
+            whose own verdicts stand under radius ``inf``. ``fingerprint/<defense>`` is a number
+            that tells the defense from others, 0 where none is known.
         timing: Seconds by defense and attack; kept out of `rows` so that they depend on the seed alone.
     """
 
@@ -152,10 +153,7 @@ class Report(Exports):
             raise ValueError("expected at least one report to merge, got none; evaluate makes them")
         first = reports[0]
         for other in reports[1:]:
-            if other.settings != first.settings or [*map(_place, other.rows)] != [*map(_place, first.rows)]:
-                raise ValueError(
-                    "expected shards of one evaluation, got reports with other settings, defenses or attacks"
-                )
+            _check_shard(first, other)
         arrays = Arrays()
         for defense in first.defenses:
             ids = np.concatenate([report.arrays.at("ids", defense) for report in reports])
@@ -303,6 +301,32 @@ def _read(folder: Path) -> tuple[str, Arrays, dict[str, float]]:
         raise ValueError(
             f"expected the files of a report in {folder}, got damaged ones ({error}); evaluate and save again"
         ) from error
+
+
+def _check_shard(first: Report, other: Report) -> None:
+    """Refuses two reports that are not of one evaluation.
+
+    Raises:
+        ValueError: other settings, defenses, attacks, or draws.
+    """
+    told = [
+        [
+            _place(row) + tuple(row[name] for name in ("num_samples", "draws", "attack_samples"))
+            for row in each.rows
+        ]
+        for each in (first, other)
+    ]
+    if other.settings != first.settings or told[0] != told[1]:
+        raise ValueError(
+            "expected shards of one evaluation, got reports with other settings, defenses or attacks"
+        )
+    for name in first.defenses:
+        marks = [each.arrays.get(Arrays.key("fingerprint", name), np.zeros(1)) for each in (first, other)]
+        if len(np.unique(np.concatenate(marks))) > 1:
+            raise ValueError(
+                f"expected shards of one evaluation, got two networks under the name {name!r}: the defense "
+                "differs; evaluate the same one on every part"
+            )
 
 
 def _merged(rows: Sequence[Row], arrays: Arrays, settings: dict[str, Any]) -> Row:

@@ -64,6 +64,7 @@ class Counted:
     """A LogitsFn that counts what it costs, with everything derived from it (see `counted`)."""
 
     DERIVED = ("freeze", "mean", "samples", "simulate", "keyed", "static")
+    runtime_attributes = ("counts",)  # which no fingerprint holds
 
     def __init__(self, logits_fn: LogitsFn, counts: Counts):
         self.logits_fn, self.counts = logits_fn, counts

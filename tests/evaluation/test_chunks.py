@@ -12,7 +12,7 @@ import probdefense as pd
 from probdefense.core.streams import Keys
 from probdefense.evaluation.examples import chunks
 from tests.contract import BUILDERS, defended
-from tests.worlds import LinearWorld, tiny_batch
+from tests.worlds import LinearWorld, tiny_batch, tiny_net
 
 ATTACKS = {
     "pgd": pd.with_draws(partial(pd.attacks.pgd, num_steps=2), 2),
@@ -183,3 +183,49 @@ def test_shards_merge_into_the_report_of_the_whole(tmp_path):
         pd.Report.merge([])
     with pytest.raises(ValueError, match="first as a multiple of chunk_size=8, got 5"):
         evaluated((x[:8], y[:8]), first=5)
+
+
+def shard(logits_fn, first, attacks=None, **options):
+    x, y = tiny_batch(20)
+    part = slice(first, first + 8)
+    return pd.evaluate(
+        logits_fn, (x[part], y[part]), attacks, num_samples=3, chunk_size=8, first=first, **options
+    )
+
+
+def test_shards_of_two_networks_are_refused(tmp_path):
+    shards = []
+    for number, first in enumerate((0, 8)):
+        torch.manual_seed(number)
+        shard(pd.deterministic(tiny_net()), first).save(tmp_path / str(number))
+        shards.append(pd.Report.load(tmp_path / str(number)))
+    with pytest.raises(ValueError, match="expected shards of one evaluation.*: the defense differs"):
+        pd.Report.merge(shards)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"attacks": {"pgd": pd.with_draws(pd.attacks.fgsm, 2)}},
+        {"attacks": {"fgsm": pd.attacks.fgsm}},
+    ],
+)
+def test_shards_under_other_attacks_are_refused(changed):
+    defense = defended("rse")
+    one = shard(defense, 0, {"pgd": pd.attacks.fgsm})
+    with pytest.raises(ValueError, match="expected shards of one evaluation"):
+        pd.Report.merge([one, shard(defense, 8, **changed)])
+
+
+@pytest.mark.parametrize("kind", ["frozen", "counted", "samples", "mean", "function"])
+def test_shards_of_anything_that_answers_merge(kind):
+    defense = defended("rse")
+    logits_fn = {
+        "frozen": lambda: defense.freeze(2),
+        "counted": lambda: pd.counted(defense),
+        "samples": lambda: defense.samples(3),
+        "mean": lambda: defense.mean(),
+        "function": lambda: lambda x, num_samples=None: defense(x, num_samples),
+    }[kind]()
+    merged = pd.Report.merge([shard(logits_fn, first, {"fgsm": pd.attacks.fgsm}) for first in (0, 8)])
+    assert merged.row(attack="fgsm", rule="mean_prob")["num_examples"] == 16

@@ -232,3 +232,13 @@ def test_killed_at_twenty_moments_the_bytes_are_the_same(tmp_path):
 def test_every_loss_of_ours_tells_an_attack_from_others(loss):
     plain, other = (partial(pd.attacks.apgd, **options) for options in ({}, {"loss": loss}))
     assert fingerprint(plain, "apgd") != fingerprint(other, "apgd")
+
+
+@pytest.mark.parametrize("derive", ["freeze", "counted"])
+def test_what_a_function_remembers_of_its_calls_is_not_what_it_is(derive):
+    defense = defended("rse")
+    f = defense.freeze(2) if derive == "freeze" else pd.counted(defense)
+    x, _ = tiny_batch(3)
+    before = fingerprint(f, derive)
+    f(x, 2)
+    assert fingerprint(f, derive) == before

@@ -1,4 +1,4 @@
-"""The processes of a command: one, or those that torchrun has started."""
+"""The processes of a command: one, or those that torchrun or srun has started."""
 
 import os
 from typing import Any
@@ -34,23 +34,43 @@ def device_of(name: str) -> torch.device:
 
 
 def launched(device: torch.device) -> Any:
-    """The Fabric of this process where ``WORLD_SIZE`` says that there are several, else None.
+    """The Fabric of this process where torchrun or srun has started several, else None.
 
     Raises:
         ImportError: Lightning Fabric is not there.
+        ValueError: what srun was told does not suffice.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world, local = processes()
     if world == 1:
         return None
     try:
         from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments import SLURMEnvironment
     except ImportError as error:
         raise ImportError(
             f"{world} processes need Lightning Fabric, which does not import ({error}); "
             "pip install probdefense[scale]"
         ) from error
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    fabric = Fabric(accelerator=device.type, devices=local, num_nodes=world // local, strategy="ddp")
+    try:
+        plugins = None if "WORLD_SIZE" in os.environ else [SLURMEnvironment(auto_requeue=False)]
+        size: dict[str, Any] = {"devices": local, "num_nodes": world // local, "plugins": plugins}
+        fabric = Fabric(accelerator=device.type, strategy="ddp", **size)
+    except RuntimeError as error:  # Fabric names the option of srun that it misses
+        raise ValueError(" ".join(str(error).split())) from error
     fabric.launch()
     leave_at_exit()
     return fabric
+
+
+def processes() -> tuple[int, int]:
+    """How many processes do this job, and how many of them on this node.
+
+    What a batch script of SLURM runs without srun is one process, so the variables of the step count, not
+    those of the job.
+    """
+    known = os.environ
+    if "WORLD_SIZE" in known:
+        world = int(known["WORLD_SIZE"])
+        return world, int(known.get("LOCAL_WORLD_SIZE", world))
+    world = int(known.get("SLURM_STEP_NUM_TASKS", 1))
+    return world, max(1, world // int(known.get("SLURM_STEP_NUM_NODES", 1)))

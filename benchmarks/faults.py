@@ -250,7 +250,7 @@ FAULTS = {
         "prediction/drawing.py",
         'return "shared" if getattr(logits_fn, "shares_draws", can_freeze(logits_fn)) else "independent"',
         'return "independent"',
-        "tests/evaluation tests/prediction",
+        "tests/evaluation/test_protocol.py",
     ),
     # certification
     "a certificate bounds the votes that chose the class": Fault(

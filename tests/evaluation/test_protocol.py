@@ -265,6 +265,23 @@ def test_an_adaptive_defense_is_replayed_from_where_it_was_found():
     assert report.rows[0]["draws"] == "shared"
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    {"rse": "independent", "bayesian": "shared", "ensemble": "shared", "deterministic": "none"}.items(),
+)
+def test_draws_are_shared_where_weights_are_random(name, kind):
+    assert pd.evaluate(defended(name), tiny_batch(5), {"null": null}).rows[0]["draws"] == kind
+
+
+def test_draws_that_all_examples_share_widen_the_interval():
+    net = torch.nn.Linear(1, 2, bias=False)
+    torch.nn.init.zeros_(net.weight)  # a draw is right everywhere or nowhere
+    defense = pd.defenses.bayesian(net, num_data=1)
+    x, y = torch.full((400, 1), 0.5), torch.zeros(400, dtype=torch.long)
+    row = pd.evaluate(defense, (x, y), {}, rules=["single_draw"], num_samples=20).rows[0]
+    assert row["high"] - row["low"] > 0.3, "20 draws decide, not 8,000 verdicts"
+
+
 def test_data_sets_and_loaders_are_the_tensors_they_hold():
     defense, (x, y) = defended("rse"), tiny_batch(7)
     held = TensorDataset(x, y)

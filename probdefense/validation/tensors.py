@@ -49,19 +49,18 @@ def check_inputs(x: Any, name: str = "x") -> Tensor:
 def _in_box(x: Tensor, name: str) -> Tensor:
     ends = torch.aminmax(x.detach())
     if deferred(x):
-        outside = _outside(*ends, x.dtype)
-        require(~outside, lambda: _not_in_box(float(ends[0]), float(ends[1]), name))
+        require(_within(*ends, x.dtype), lambda: _not_in_box(float(ends[0]), float(ends[1]), name))
         return x.clamp(0, 1)
     low, high = (float(value) for value in ends)
-    if bool(_outside(*ends, x.dtype)):
+    if not _within(low, high, x.dtype):
         raise _not_in_box(low, high, name)
     return x if low >= 0 and high <= 1 else x.clamp(0, 1)
 
 
-def _outside(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether values are not finite, or further outside than rounding carries them."""
+def _within(low: Any, high: Any, dtype: torch.dtype) -> Any:
+    """Whether values, numbers or tensors, are no further outside than rounding carries them; NaN is not."""
     rounding = max(ROUNDING, torch.finfo(dtype).eps)
-    return ~((low >= -rounding) & (high <= 1 + rounding))  # NaN is neither
+    return (low >= -rounding) & (high <= 1 + rounding)
 
 
 def _not_in_box(low: float, high: float, name: str) -> ValueError:
@@ -332,8 +331,9 @@ def check_finite_logits(logits: Tensor, where: str, examples: Tensor | None = No
     Raises:
         FloatingPointError: naming how many examples and which.
     """
-    top = logits.detach().amax(-1)  # NaN wins, +inf wins, and -inf is left only where nothing else is
-    if deferred(top) or not math.isfinite(top.sum()):  # one sum sees all, and is a number of the host sooner
+    values = logits.detach()
+    if deferred(values) or not math.isfinite(values.sum()):  # one sum sees all that is not finite
+        top = values.amax(-1)  # NaN wins, +inf wins, and -inf is left only where nothing else is
         require(torch.isfinite(top).all(), lambda: _not_finite(top, where, examples))
 
 

@@ -8,6 +8,7 @@ of the network: the cast stands here, and so does the one check that answers are
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,11 +74,12 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
         amp: torch.dtype | None = None,
         **options: Any,
     ) -> Inputs:
-        inspect.signature(public).bind(logits_fn, x, y, **options)
+        declared = inspect.signature(public)
+        declared.bind(logits_fn, x, y, **options)
         logits_fn = cast(as_logits_fn(logits_fn), amp)
         x = check_inputs(x)
         check_labels(y, len(x))
-        parameters = inspect.signature(public).parameters
+        parameters = declared.parameters
         options = {
             name: value if value is parameters[name].default is None else _checked_option(name, value, x, y)
             for name, value in options.items()
@@ -184,7 +186,7 @@ class _Guarded:
 
 def _warn_of_probabilities(logits: Logits) -> None:
     low, high = torch.aminmax(logits)
-    if low >= 0 and high <= 1 and bool(((logits.sum(-1) - 1).abs() < 1e-4).all()):
+    if float(low) >= 0 and float(high) <= 1 and bool(((logits.sum(-1) - 1).abs() < 1e-4).all()):
         warnings.warn(
             "the answers look like probabilities; expected logits or log-probabilities, because a second "
             "softmax flattens the loss and weakens every attack: return the logits",
@@ -256,8 +258,10 @@ def _rows(value: Any, rows: slice, total: int) -> Any:
 
 
 def _checked(x_adv: Inputs, name: str) -> Inputs:
-    if not bool(torch.isfinite(x_adv).all()):
-        bad = (~torch.isfinite(x_adv)).flatten(1).any(1).nonzero().flatten().tolist()
+    if math.isfinite(x_adv.sum()):  # one sum sees all that is not finite
+        return x_adv
+    bad = (~torch.isfinite(x_adv)).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
         raise FloatingPointError(
             f"expected finite pixels, {name} produced NaN or infinity for examples {bad[:10]}; look for huge "
             "gradients in the network, or lower the step size"

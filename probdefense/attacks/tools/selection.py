@@ -56,7 +56,8 @@ class Goal(NamedTuple):
     def climbed(self, logits: Logits) -> Tensor:
         """What is climbed, ``(samples, batch, classes) -> (batch,)``."""
         logits, factor = self.standard(logits)
-        return climb(self.loss, self.y, self.target)(logits) * factor
+        values = climb(self.loss, self.y, self.target)(logits)
+        return values if self.unit is None else values * factor
 
     def nats(self, confidence: float) -> Tensor | float:
         """Nats of the network as what is climbed counts them, ``(batch,)``."""

@@ -278,7 +278,7 @@ def test_draws_that_all_examples_share_widen_the_interval():
     torch.nn.init.zeros_(net.weight)  # a draw is right everywhere or nowhere
     defense = pd.defenses.bayesian(net, num_data=1)
     x, y = torch.full((400, 1), 0.5), torch.zeros(400, dtype=torch.long)
-    row = pd.evaluate(defense, (x, y), {}, rules=["single_draw"], num_samples=20).rows[0]
+    row = pd.evaluate(defense, (x, y), {}, rules=[single_draw], num_samples=20).rows[0]
     assert row["high"] - row["low"] > 0.3, "20 draws decide, not 8,000 verdicts"
 
 

@@ -2,15 +2,16 @@
 
     python examples/reproduce/better_than_pgd.py --scale cpu
 
-Every candidate is trained for the same CPU seconds on one thread: its number of epochs follows from the
-measured cost of one. Candidates are first compared on a part of the training set that no one trains on; the
-two best then face PGD training on the test set with three or more training seeds.
-The judge is the worst of the suite, APGD on DLR and PGD on the margin, on fresh draws; the search does
-without the suite.
+Every candidate is trained for the CPU seconds that PGD training takes for its epochs: how many epochs that
+buys follows from the cost of one, measured for all in turns. Candidates are first compared on a part of the
+training set that no one trains on; the two best then face PGD training on the test set with three or more
+training seeds. The judge is the worst of the suite, APGD on DLR and PGD on the margin, on fresh draws; the
+search does without the suite.
 """
 
+import json
+import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -31,14 +32,14 @@ from probdefense.study.findings import joined
 
 COMMON = {"batch_size": 64, "num_samples": 20}
 DIGITS = {"data": "digits", "eps": 0.2, "train_images": None, "images": 360, "held_out": 287}
-DIGITS |= {"seconds": 40.0, "epochs": 46, "rates": [8e-3, 16e-3], "learning_rate": 8e-3}
+DIGITS |= {"epochs": 46, "rates": [8e-3, 16e-3], "learning_rate": 8e-3}
 MNIST = {"data": "mnist-5k", "eps": 0.3, "train_images": None, "images": 400, "held_out": 300}
-MNIST |= {"seconds": 60.0, "epochs": 14, "rates": [4e-3], "learning_rate": 4e-3, "warm_up": 0.3}
+MNIST |= {"epochs": 14, "rates": [4e-3], "learning_rate": 4e-3, "warm_up": 0.3}
 SCALES = {
     "smoke": {**COMMON, "seeds": [0], "budget": 1000, "search_budget": 400, "finalists": 1}
     | {
         "images": 20,
-        "worlds": [DIGITS | {"train_images": 500, "images": 20, "held_out": 20, "seconds": 1.0}],
+        "worlds": [DIGITS | {"train_images": 500, "images": 20, "held_out": 20, "epochs": 4}],
     },
     "cpu": {**COMMON, "seeds": [0, 1, 2], "budget": 1000, "search_budget": 400, "finalists": 2}
     | {"worlds": [DIGITS, MNIST]},
@@ -46,7 +47,7 @@ SCALES = {
     | {
         "worlds": [
             {"data": "cifar10", "eps": 8 / 255, "train_images": None, "images": 1000, "held_out": 1000}
-            | {"seconds": 36_000.0, "epochs": 100, "rates": [8e-3, 16e-3], "learning_rate": 8e-3}
+            | {"epochs": 100, "rates": [8e-3, 16e-3], "learning_rate": 8e-3}
         ]
     },
 }
@@ -87,18 +88,20 @@ def judges(defense: Any, budget: int) -> dict[str, Any]:
     return {"suite": partial(attacks.suite, budget=budget), **found}
 
 
-def epochs_for(lab: Lab, name: str, rate: float) -> int:
-    """Epochs that fit into the seconds, from the CPU time of two after one that does not count."""
-    place = lab.work / f"epochs-{name}.txt"
+def equal_epochs(lab: Lab) -> dict[str, int]:
+    """By candidate, the epochs that cost the CPU seconds of PGD training's: least of three, interleaved."""
+    place = lab.work / "epochs.json"
     if not place.exists():
-        build, objective = candidates(lab, lab.num_data)[name]
-        for epochs in (1, 2):
-            start = time.process_time()
-            label = f"{lab.data}-{epochs}-epochs-{name}"
-            lab.trained(label, 0, build, objective(), epochs=epochs, learning_rate=rate)
-            spent = (time.process_time() - start) / epochs
-        place.write_text(str(max(2, round(lab.seconds / spent))))
-    return int(place.read_text())
+        costs: dict[str, float] = {}
+        for turn in range(3):
+            for name, (build, objective) in candidates(lab, lab.num_data).items():
+                label = f"{lab.data}-cost-{name}-{turn}"
+                lab.trained(label, 0, build, objective(), epochs=1)
+                costs[name] = min(costs.get(name, math.inf), lab.trained_seconds[f"{label}-0"])
+        unit = lab.epochs * costs["pgd_training"]
+        place.write_text(json.dumps({name: max(2, round(unit / cost)) for name, cost in costs.items()}))
+    found: dict[str, int] = json.loads(place.read_text())
+    return found
 
 
 def kept_apart(lab: Lab) -> tuple[TensorDataset, tuple[Any, Any]]:
@@ -112,23 +115,23 @@ def worst(report: pd.Report) -> Row:
     return report.row(attack="worst", rule="mean_prob")
 
 
-def searched(lab: Lab) -> Iterator[tuple[str, float, Row]]:
+def searched(lab: Lab, epochs: dict[str, int]) -> Iterator[tuple[str, float, Row]]:
     """Every candidate with every rate, on images kept apart from the training set."""
     part, held = kept_apart(lab)
     for name, (build, objective) in candidates(lab, len(part)).items():
         for rate in lab.rates:
             label = f"{lab.data}-search-{name}-{rate:g}"
-            lab.sizes = {**lab.sizes, "epochs": epochs_for(lab, name, rate)}
+            lab.sizes = {**lab.sizes, "epochs": epochs[name]}
             defense = lab.trained(label, 0, build, objective(), learning_rate=rate, train=part)
             against = judges(defense, lab.search_budget)
             del against["suite"]
             yield name, rate, worst(lab.judged(defense, label, against, data=held))
 
 
-def final(lab: Lab, name: str, rate: float) -> list[pd.Report]:
+def final(lab: Lab, name: str, rate: float, epochs: dict[str, int]) -> list[pd.Report]:
     """A finalist on the test set, by training seed."""
     build, objective = candidates(lab, lab.num_data)[name]
-    lab.sizes = {**lab.sizes, "epochs": epochs_for(lab, name, rate)}
+    lab.sizes = {**lab.sizes, "epochs": epochs[name]}
     reports = []
     for seed in lab.seeds:
         label = f"{lab.data}-final-{name}"
@@ -140,14 +143,15 @@ def final(lab: Lab, name: str, rate: float) -> list[pd.Report]:
 def on(lab: Lab) -> Iterator[Row]:
     """The search on one data set, then the finalists on its test set."""
     best: dict[str, tuple[float, float]] = {}
-    for name, rate, row in searched(lab):
+    epochs = equal_epochs(lab)
+    for name, rate, row in searched(lab, epochs):
         title = f"{lab.data}: search on held-out training images"
         yield figure(title, name, row, learning_rate=rate, epochs=lab.epochs, seed=0)
         best[name] = max(best.get(name, (0.0, 0.0)), (row["accuracy"], rate))
     others = sorted((name for name in best if name != "pgd_training"), key=lambda name: -best[name][0])
     reports = {}
     for name in ["pgd_training", *others[: lab.finalists]]:
-        reports[name] = final(lab, name, best[name][1])
+        reports[name] = final(lab, name, best[name][1], epochs)
         for attack in ("clean", "worst"):
             row = joined(reports[name]).row(attack=attack, rule="mean_prob")
             yield figure(f"{lab.data}: finalists on the test set", name, row, epochs=lab.epochs)

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,12 @@ def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; moved there when the block has ended, removed when it failed.
 
     What is moved has reached the disk, so that even a power cut leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written, or `path` is there and no file, such as a folder or a device.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "there is something else than a file", str(path))
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -78,19 +77,12 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{wanted}, got objects that would run code when they are read, or no weights at all; save "
             "net.state_dict() alone"
         ) from error
-    except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, OSError) as error:
+    except Exception as error:  # a damaged file fails in many ways
         raise ValueError(
             f"{wanted}, got something else or a part of a file; fetch or save it anew"
         ) from error
-    held = next(
-        (content[name] for name in HOLDERS if _is_mapping(content) and _is_mapping(content.get(name))),
-        content,
-    )
-    weights = (
-        {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
-        if _is_mapping(held)
-        else {}
-    )
+    held = _held(content)
+    weights = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
     if not weights:
         raise ValueError(
             f"{wanted}, got {type(content).__name__} without tensors by name; save net.state_dict()"
@@ -98,8 +90,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
+def _held(content: Any) -> Mapping[Any, Any]:
+    """What lies under the names of `HOLDERS`, however deep; nothing if it is no mapping."""
+    if not isinstance(content, Mapping):
+        return {}
+    inner = next((content[name] for name in HOLDERS if isinstance(content.get(name), Mapping)), None)
+    return content if inner is None else _held(inner)
 
 
 def _without_prefix(weights: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:

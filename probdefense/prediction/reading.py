@@ -1,6 +1,6 @@
 """Data as batches in the order given, whatever form they have: tensors, a data set or a loader."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -74,7 +74,20 @@ def _opened(data: Any, ordered: bool, wanted: str, way: str) -> Iterable[Any]:
     arrays = isinstance(data, Tensor) or hasattr(data, "__array__")
     if arrays or isinstance(data, str | dict) or not isinstance(data, Iterable):
         raise TypeError(f"expected {wanted}, got {type(data).__name__}; {way}")
-    return data
+    return _arrays(data)
+
+
+def _arrays(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader; a data set of pictures, which none puts together, is refused by that name."""
+    try:
+        yield from batches
+    except TypeError as error:
+        if "default_collate" not in str(error) or "PIL." not in str(error):
+            raise
+        raise TypeError(
+            "expected a data set of tensors, got one of PIL images; give it the transform "
+            "torchvision.transforms.ToTensor()"
+        ) from error
 
 
 def _refuse_shuffling(loader: DataLoader) -> None:
@@ -84,4 +97,15 @@ def _refuse_shuffling(loader: DataLoader) -> None:
         raise ValueError(
             f"expected a loader that keeps the order of its data, got one with a {type(sampler).__name__}; "
             "the draws of a verdict belong to the numbers of the examples: make it with shuffle=False"
+        )
+    batches: Any = sampler if loader.batch_sampler is None else loader.batch_sampler
+    left = (
+        len(sampler) % batches.batch_size
+        if getattr(batches, "drop_last", False) and isinstance(sampler, Sized)
+        else 0
+    )
+    if left:
+        raise ValueError(
+            f"expected a loader of all its data, got one that leaves out the last {left} of them; make it "
+            "with drop_last=False"
         )

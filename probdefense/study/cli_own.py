@@ -163,7 +163,7 @@ def _writing(out: Path, option: str) -> Iterator[None]:
         if made:
             with suppress(OSError):  # it has something finished in it
                 out.rmdir()
-        hint = "--out" if str(out) in str(error) else option
+        hint = "--out" if str(out / "journal") in str(error) else option
         raise typer.BadParameter(str(error), param_hint=hint) from error
 
 

@@ -100,12 +100,12 @@ def replicates(reports: Sequence[Report]) -> list[Report]:
     """One report of all defenses per seed of their training.
 
     Raises:
-        ValueError: not every defense has as many reports, or settings differ.
+        ValueError: not every defense has as many reports, one is there twice, or settings differ.
     """
     of: dict[str, list[Report]] = {}
     for report in reports:
         for name in report.defenses:
-            of.setdefault(name, []).append(report.only(name))
+            of.setdefault(name, []).append(_another(report.only(name), of.get(name, ())))
     counts = {name: len(found) for name, found in of.items()}
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{name} in {count}" for name, count in counts.items())
@@ -114,6 +114,26 @@ def replicates(reports: Sequence[Report]) -> list[Report]:
             "folders that are missing"
         )
     return [sum(rest, first) for first, *rest in zip(*of.values(), strict=True)]
+
+
+def _another(report: Report, before: Sequence[Report]) -> Report:
+    """A report that is not among those before: what is counted twice narrows every interval.
+
+    Raises:
+        ValueError: it is.
+    """
+    for other in before:
+        if report.settings == other.settings and report.rows == other.rows and _seen(report) == _seen(other):
+            raise ValueError(
+                f"expected one folder per seed of the training of {report.defenses[0]}, got the same report "
+                "twice; give each folder once"
+            )
+    return report
+
+
+def _seen(report: Report) -> set[int]:
+    """The fingerprints of what was evaluated."""
+    return {*report.arrays.get(Arrays.key("fingerprint", report.defenses[0]), np.zeros(1)).tolist()}
 
 
 def joined(several: Sequence[Report]) -> Report:

@@ -1,6 +1,7 @@
 """Reports that stay whole: what is saved belongs together, what is added does not overlap."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -78,6 +79,15 @@ def test_a_file_is_whole_or_absent(tmp_path):
         place.write_text("half")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_not_replaced(kind, tmp_path):
+    place = tmp_path / "place"
+    os.mkfifo(place) if kind == "pipe" else place.mkdir()
+    with pytest.raises(OSError, match="something else than a file"), whole(place) as partial:
+        partial.write_text("a")
+    assert not place.is_file() and [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
 def test_other_rules_under_one_name_do_not_overwrite_arrays():

@@ -26,6 +26,7 @@ FORMS = {
     "as it is": lambda s: s,
     "state_dict": lambda s: {"epoch": 3, "state_dict": s, "best": 0.5},
     "model": lambda s: {"model": s, "optimizer": {"state": {}}},
+    "model and state_dict": lambda s: {"model": {"state_dict": s}},
     "module.": lambda s: prefixed(s, "module."),
     "_orig_mod.module.": lambda s: {"state_dict": prefixed(s, "_orig_mod.module.")},
     "half": lambda s: {
@@ -86,8 +87,8 @@ def broken(kind, path):
         path.write_bytes(path.read_bytes()[:900])
     elif kind == "empty":
         path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("hello")
+    elif kind in ("hello", "abc"):  # which fail in other ways
+        path.write_text(kind)
     elif kind == "a network":
         torch.save(tiny_net(), path)
     elif kind == "numbers":
@@ -100,7 +101,8 @@ def broken(kind, path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["truncated", "truncated, old", "empty", "text", "a network", "numbers", "a tensor", "numpy"]
+    "kind",
+    ["truncated", "truncated, old", "empty", "hello", "abc", "a network", "numbers", "a tensor", "numpy"],
 )
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
 def test_files_that_hold_no_weights_are_one_sentence(kind, ending, tmp_path):

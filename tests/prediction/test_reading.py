@@ -94,3 +94,27 @@ def test_one_batch_is_in_memory_at_a_time():
 def test_other_data_are_refused(data, error, said):
     with pytest.raises(error, match=said):
         pd.predict(pd.deterministic(torch.nn.Linear(2, 3)), data)
+
+
+class Pictures(Images):
+    """A data set whose transform was forgotten."""
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        return Image.fromarray((self.x[i, 0] * 255).byte().numpy()), 0
+
+
+@pytest.mark.parametrize("form", [lambda data: data, DataLoader])
+@pytest.mark.parametrize("ask", [pd.predict, pd.evaluate])
+def test_pictures_that_are_no_tensors_are_refused_by_name(ask, form):
+    with pytest.raises(TypeError, match=r"expected a data set of tensors, got one of PIL .*ToTensor\(\)"):
+        ask(defended("deterministic"), form(Pictures(tiny_batch(3)[0])))
+
+
+@pytest.mark.parametrize("ask", [pd.predict, pd.evaluate])
+def test_a_loader_that_leaves_examples_out_is_refused(ask):
+    data = TensorDataset(*tiny_batch(7))
+    with pytest.raises(ValueError, match="leaves out the last 3 of them; make it with drop_last=False"):
+        ask(defended("deterministic"), DataLoader(data, 4, drop_last=True))
+    ask(defended("deterministic"), DataLoader(data, 7, drop_last=True))  # leaves out none

@@ -197,6 +197,8 @@ def test_report_compares_defenses_and_joins_seeds(file, saved, monkeypatch, tmp_
         run(monkeypatch, "report", folders["plain", "0"], folders["noisy", "0"], folders["noisy", "1"]) == 2
     )
     assert "plain in 1, noisy in 2" in capsys.readouterr().err
+    assert run(monkeypatch, "report", folders["plain", "0"], folders["plain", "0"]) == 2
+    assert "got the same report twice" in capsys.readouterr().err
 
 
 @pytest.mark.slow

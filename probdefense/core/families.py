@@ -257,8 +257,9 @@ class _Drawn(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor, of_kl: Tensor) -> tuple[Tensor, Tensor, None, None]:
         loc, scale, eps, sigma = ctx.saved_tensors
         pull = of_kl / sigma**2
-        of_scale = torch.addcmul(scale * pull, slope, eps)
-        return torch.addcmul(slope, loc, pull), torch.addcmul(-of_kl, scale, of_scale), None, None
+        of_scale = (scale * pull).addcmul_(slope, eps)  # in place: fresh pages cost as much as the passes
+        of_rho = torch.addcmul(-of_kl, scale, of_scale, out=of_scale)
+        return torch.addcmul(slope, loc, pull), of_rho, None, None
 
 
 def drawn_with_kl(

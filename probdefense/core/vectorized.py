@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
+from torch.nn.functional import cross_entropy
 
 from probdefense.core.costs import FEWEST, draws_at_once
 from probdefense.core.families import divergence, drawn_with_kl
@@ -172,11 +173,10 @@ class Vectorized:
         drawn = self._draw(x, sites, kl) if draws is None else draws
         values = {n: v for n, v in drawn.items() if n not in branching} if draws is None else draws
         local = self.model.global_sites if draws is None else []
-        logits = torch.stack([self._trained(x, case, local) for case in self._cases(values)])
-        check_classes(y, logits.shape[-1])
-        log_probs = logits.log_softmax(-1)
-        log_lik = log_probs.gather(-1, y.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).mean(0)
-        mixed = logits[0] if len(logits) == 1 else log_mean_exp(log_probs)
+        logits = [self._trained(x, case, local) for case in self._cases(values)]
+        check_classes(y, logits[0].shape[-1])
+        log_lik = _mean([-cross_entropy(each, y, reduction="none") for each in logits])
+        mixed = logits[0] if len(logits) == 1 else log_mean_exp(torch.stack(logits).log_softmax(-1))
         return Step(mixed, log_lik, self._kl(x, values, sites, kl), values)
 
     def _trained(self, x: Inputs, values: Draws, local: list[Site]) -> Tensor:
@@ -335,6 +335,10 @@ class _RunAgain(torch.autograd.Function):
             point = x.detach().requires_grad_()
             climbed = (ctx.one(point) * slopes).sum()
         return None, torch.autograd.grad(climbed, point)[0]
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
 
 
 def _last(value: Tensor) -> Tensor:

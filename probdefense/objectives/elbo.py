@@ -67,9 +67,9 @@ def elbo(
     losses = []
     for _ in range(num_particles):
         step = defense.step(x, y)
-        log_lik = step.log_lik + _of_a_guess(step)
-        losses.append(-log_lik.mean() + weighted_kl(defense, step.kl, kl_weight))
-    return sum(losses[1:], losses[0]) / num_particles
+        log_lik = step.log_lik if step.score is None else step.log_lik + _of_a_guess(step)
+        losses.append(weighted_kl(defense, step.kl, kl_weight) - log_lik.mean())
+    return losses[0] if num_particles == 1 else sum(losses[1:], losses[0]) / num_particles
 
 
 def multi_sample(num_samples: int) -> Objective:
@@ -149,7 +149,8 @@ def weighted_kl(
             f"expected num_data, got none: the KL of {', '.join(kl)} counts once per data set; "
             "build the defense with num_data=len(train_set)"
         )
-    return sum(w * value for w, value in terms) / defense.num_data
+    first, *rest = (value if w == 1 else w * value for w, value in terms)
+    return sum(rest, first) / defense.num_data
 
 
 def weight_of(term: str, weight: float | Mapping[str, float]) -> float:

@@ -8,7 +8,6 @@ are paired by image: accuracy left by the likeliest classes minus that left by t
 logits over its slope, in points with the 95 % interval; above zero the latter are the stronger attack.
 """
 
-import gzip
 import math
 import os
 import sys
@@ -54,7 +53,7 @@ def weights(*path: str) -> Path:
 
 def cifar(net: nn.Module, mean: list[float], std: list[float], eps: float, count: int) -> Case:
     """A network behind its normalization, and the first lossless test images."""
-    images = np.load(Path(os.environ["PROBDEFENSE_DATA"], "cifar10lossless", "cifar10-lossless-test300.npz"))
+    images = np.load(Path(os.environ["PROBDEFENSE_DATA"], "cifar10", "cifar10-lossless-test300.npz"))
     x = torch.as_tensor(images["x"]).permute(0, 3, 1, 2).float()[:count] / 255
     return Case(
         nn.Sequential(pd.nn.Normalize(mean, std), net).eval(),
@@ -82,16 +81,8 @@ def mnist_cnn() -> Case:
     """Trained under attack, of the verification benchmarks."""
     net = nn.Sequential(*stack(16, 32, kernel=4, padding=1, size=1568, channels=1))
     pd.models.load_weights(net, weights("alpha_beta_crown", "sdp", "mnist_cnn_a_adv.model"))
-    folder = Path(os.environ["PROBDEFENSE_DATA"], "MNIST", "raw")
-
-    def raw(part: str) -> np.ndarray:
-        plain = folder / f"t10k-{part}-ubyte"
-        packed = plain.with_name(f"{plain.name}.gz")
-        content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
-        return np.frombuffer(content, np.uint8)
-
-    x = torch.tensor(raw("images-idx3")[16:].reshape(-1, 1, 28, 28)[:1000]).float() / 255
-    return Case(net.eval(), x, torch.tensor(raw("labels-idx1")[8:1008]).long(), 0.3)
+    x, y = (part[:1000] for part in pd.data.load("mnist", Path(os.environ["PROBDEFENSE_DATA"])).test.tensors)
+    return Case(net.eval(), x, y, 0.3)
 
 
 def digits() -> Case:

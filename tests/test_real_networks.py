@@ -53,6 +53,29 @@ def mnist_cnn():
     return net.eval(), x, torch.tensor(labels[8:508]).long()
 
 
+def cifar_cnn():
+    """The adversarially trained network of the shared weights, and the images of `cifar_resnet20`."""
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(2048, 100), nn.ReLU(), nn.Linear(100, 10)),
+    )
+    pd.models.load_weights(net, stored("weights", "alpha_beta_crown", "sdp", "cifar_cnn_a_adv.model"))
+    normalize = pd.nn.Normalize([0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616])
+    return nn.Sequential(normalize, net).eval(), *cifar_resnet20()[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("real", "eps", "count", "gradients"),
+    [(mnist_cnn, 0.3, 100, 32), (cifar_cnn, 4 / 255, 100, 32), (cifar_resnet20, 1 / 255, 25, 16)],
+)
+def test_checks_are_quiet_on_networks_that_nobody_here_trained(real, eps, count, gradients):
+    net, x, y = real()
+    found = pd.checks.run(pd.deterministic(net), x[:count], y[:count], eps=eps, num_gradients=gradients)
+    assert 0.05 < found["larger eps"].evidence["accuracy"] < 0.95
+    assert found.fired == [], found.table()
+
+
 @pytest.mark.parametrize(("real", "known"), [(cifar_resnet20, 0.917), (mnist_cnn, 0.963)])
 def test_real_networks_pay_for_the_jump_with_clean_accuracy(real, known):
     """Networks that nobody here trained: accuracy is as published, and falls where kappa grows."""

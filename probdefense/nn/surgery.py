@@ -82,7 +82,7 @@ def matching(
 def _run_before(
     name: str, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    layer = host.get_submodule(name)
+    layer = getattr(host, name)
     if args:
         return (layer(args[0]), *args[1:]), kwargs
     first = next(iter(kwargs))
@@ -90,4 +90,4 @@ def _run_before(
 
 
 def _run_after(name: str, host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return host.get_submodule(name)(output)
+    return getattr(host, name)(output)

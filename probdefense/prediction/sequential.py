@@ -81,7 +81,9 @@ class Race:
         stake = (past.sum(0) / (past.square().sum(0) + CAUTION)).clamp(0.0, LARGEST_STAKE)
         self.capital += torch.log1p(stake * (probs.gather(-1, leader) - probs))
         self.possible &= self.capital < self.goal
+        self.history = torch.cat([self.history, probs.unsqueeze(0)])
         left = self.possible.sum(-1) == 1
-        self.label[rows[left]] = self.possible[left].float().argmax(-1)
-        self.history = torch.cat([self.history, probs.unsqueeze(0)])[:, ~left]
-        self.running, self.capital, self.possible = rows[~left], self.capital[~left], self.possible[~left]
+        if bool(left.any()):
+            self.label[rows[left]] = self.possible[left].float().argmax(-1)
+            self.history, self.running = self.history[:, ~left], rows[~left]
+            self.capital, self.possible = self.capital[~left], self.possible[~left]

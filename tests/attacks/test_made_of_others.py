@@ -24,6 +24,7 @@ from probdefense.attacks import (
 from probdefense.attacks.suite import _nearest
 from probdefense.attacks.tools.gradient import climb, input_gradient
 from probdefense.attacks.tools.selection import SELECTION_DRAWS, remaining_margin
+from probdefense.attacks.tools.settle import HELD_OUT_DRAWS
 from probdefense.defenses.jump_relu import surrogates
 from probdefense.logits.adapters import counted
 from probdefense.logits.losses import margin
@@ -272,12 +273,21 @@ def test_the_smallest_budget_is_known_before_anything_is_attacked():
             suite(defense, x[:1], y[:1], eps=0.05, norm=norm, budget=least - 1)
 
 
-def test_an_image_that_stands_gets_its_whole_budget(digits_net):
-    net, _ = digits_net
-    cost = pd.counted(pd.deterministic(net))
-    far = torch.zeros(1, 1, 8, 8)
-    suite(cost, far, net(far).argmax(1), eps=1e-4, budget=400, seed=0)
-    assert 380 < cost.queries <= 400
+@pytest.mark.parametrize(("kind", "budget", "unspent"), [("plain", 400, 20), ("random", 1500, 100)])
+def test_an_image_that_stands_gets_its_whole_budget(kind, budget, unspent, digits_net, digits_rse):
+    """Neither less, where others fall at once, nor what they leave of theirs."""
+    defense, (x, _) = (pd.deterministic(digits_net[0]), digits_net[1]) if kind == "plain" else digits_rse
+    sure = defense(x, 64).softmax(-1).mean(0).amax(1).argmax()
+    x = x[sure].repeat(4, 1, 1, 1)
+    right = defense(x[:1], 64).softmax(-1).mean(0).argmax(1)
+    y = torch.cat([right, (right + torch.arange(1, 4)) % 10])
+    spent = []
+    for rows in (slice(1), slice(4)):
+        cost = pd.counted(defense)
+        suite(cost, x[rows], y[rows], eps=1e-4, budget=budget, seed=0)
+        spent.append(cost.queries)
+    assert budget - unspent < spent[0] <= budget
+    assert spent[1] == spent[0] + 3 * (HELD_OUT_DRAWS if kind == "random" else 1)
 
 
 @pytest.mark.parametrize("kind", ["plain", "random"])

@@ -4,7 +4,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOM = 2**25
@@ -45,9 +45,16 @@ def reserve(folder: Path, size: int) -> None:
     """Writes so many bytes into a folder, made if needed, and takes them away again: quotas answer too.
 
     Raises:
-        OSError: there is no room, or the folder cannot be written.
+        OSError: there is no room, or the folder cannot be written; folders that were made are gone again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(size))
-        file.flush()
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(size))
+            file.flush()
+    except OSError:
+        for place in new:
+            with suppress(OSError):  # it was not made, or another process has put something there
+                place.rmdir()
+        raise

@@ -272,6 +272,8 @@ def _limited(data: Split, images: int | None) -> Split:
 
 def _check_split(data: Split, facts: Facts, images: int) -> None:
     """Refuses test images, and the first of those for training, that do not fit together."""
+    if facts.classes < 2:
+        raise ValueError("expected training images of at least two classes, got one; look at the labels")
     for name, part, count in (("training", data.train, 100), ("test", data.test, images)):
         if not len(part):
             raise ValueError(f"expected {name} images, got none; give other data")

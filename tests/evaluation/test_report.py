@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
 
 import probdefense as pd
-from probdefense.files import whole
+from probdefense.files import reserve, whole
 from tests.contract import defended
 from tests.worlds import tiny_batch
 
@@ -88,6 +89,22 @@ def test_what_is_no_file_is_not_replaced(kind, tmp_path):
     with pytest.raises(OSError, match="something else than a file"), whole(place) as partial:
         partial.write_text("a")
     assert not place.is_file() and [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_a_folder_without_room_is_not_left_behind(tmp_path, monkeypatch):
+    class Full:
+        def __enter__(self):
+            raise OSError("no space left")
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+    (tmp_path / "kept").mkdir()
+    for folder in (tmp_path / "new" / "deep", tmp_path / "kept"):
+        with pytest.raises(OSError, match="no space left"):
+            reserve(folder, 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_other_rules_under_one_name_do_not_overwrite_arrays():

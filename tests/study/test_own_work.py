@@ -33,6 +33,7 @@ stripes = Stripes(96), Stripes(32)
 few = Stripes(96), Stripes(0)
 bright = torch.utils.data.TensorDataset(3 * torch.ones(8, 1, 6, 6), torch.arange(8) % 2), stripes[1]
 other = stripes[0], torch.utils.data.TensorDataset(torch.ones(8, 1, 5, 5), torch.arange(8) % 2)
+alike = 2 * (torch.utils.data.TensorDataset(torch.ones(8, 1, 6, 6), torch.zeros(8).long()),)
 third = stripes[0], torch.utils.data.TensorDataset(torch.ones(8, 1, 6, 6), torch.arange(8))
 
 def net(num_classes):
@@ -129,6 +130,10 @@ def test_networks_by_name():
         (["--data", "{file}:bright", "--eps", "0.1"], "--data"),
         (["--data", "{file}:other", "--eps", "0.1"], "expected test images of shape (1, 6, 6)"),
         (["--data", "{file}:third", "--eps", "0.1"], "labels below 2, as in the"),
+        (
+            ["--data", "{file}:alike", "--eps", "0.1"],
+            "--data: expected training images of at least two classes",
+        ),
         (["--attacks", "{file}:absent"], "expected 'absent' in"),
         (["--attacks", "{file}:stripes"], "--attacks"),
         (["--seeds", "0,x"], "expected whole numbers with commas"),

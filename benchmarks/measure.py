@@ -76,7 +76,7 @@ def run(one: Benchmark, device: torch.device, quick: bool = False) -> dict[str, 
     result: dict[str, Any] = {"title": one.title, "target": one.target, "group": one.group}
     result |= {"least": one.least, "device": str(device)}
     if "value" in made:
-        return result | {"value": made["value"], "about": made.get("about", {})}
+        return result | made
     times = timed(made, 2 if quick else one.rounds, device)
     clock = "wall" if device.type == "cuda" else "cpu"
     result["milliseconds"] = {

@@ -46,8 +46,9 @@ HEAD = """# Benchmarks
 
 Made by `python -m benchmarks`; nothing here is written by hand. Variants of a row take turns, and the ratio
 is the median over rounds of the ratio within a round, by CPU time of one thread on a CPU and by wall time on
-a GPU: absolute times of a shared machine are noise. Quartiles stand in brackets. *Before* was measured
-when the targets were set, on another machine; *by hand* is the same work written with torch alone.
+a GPU: absolute times of a shared machine are noise. Brackets hold quartiles, and for a difference of
+accuracies its 95 % interval. *Before* was measured when the targets were set, on another machine; *by hand*
+is the same work written with torch alone.
 
 """
 
@@ -114,8 +115,9 @@ def _section(path: Path) -> str:
 
 def _line(name: str, row: dict[str, Any]) -> str:
     value, target = row["value"], row["target"]
-    spread = row.get("ratios", {}).get("ours")
-    shown = f"{value:.2f}" + (f" [{spread[0]:.2f}, {spread[2]:.2f}]" if spread else "")
+    spread = row.get("interval") or row.get("ratios", {}).get("ours", [])[0::2]
+    shown, *ends = (f"{number:.{3 if 'interval' in row else 2}f}" for number in (value, *spread))
+    shown += f" [{', '.join(ends)}]" if ends else ""
     wanted = "" if target is None else f"{'at least' if row['least'] else 'at most'} {target:g}"
     cells = (row["title"], TODAY.get(name, ""), shown, wanted, _verdict(value, target, row["least"]))
     return f"| {' | '.join(cells)} |"

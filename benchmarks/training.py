@@ -131,9 +131,13 @@ def svi_resnet18(device: torch.device) -> Variants:
 @benchmark("rse-resnet20", "RSE step, ResNet-20, B=64 / deterministic", 1.2, rounds=5)
 def rse_resnet20(device: torch.device) -> Variants:
     x, y = batch((64, 3, 32, 32), device)
+    defense = pd.defenses.rse(pd.models.resnet20().to(device))
+    plain = plain_step(pd.models.resnet20().to(device), x, y, fused=True)
+    count = len(x) * sum(use.shape.numel() for use in defense.model.uses(x))
     return {
-        "floor": plain_step(pd.models.resnet20().to(device), x, y, fused=True),
-        "ours": svi_step(pd.defenses.rse(pd.models.resnet20().to(device)), x, y),
+        "floor": plain,
+        "ours": svi_step(defense, x, y),
+        "floor and its normals": lambda: (torch.randn(count, device=device), plain()),
     }
 
 

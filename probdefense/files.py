@@ -1,11 +1,15 @@
 """Files that are written whole or not at all."""
 
 import errno
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 ROOM = 2**25
 """Bytes that a run needs: the files are a few million, and HDF5 dies on a full disk."""
@@ -58,3 +62,13 @@ def reserve(folder: Path, size: int) -> None:
             with suppress(OSError):  # it was not made, or another process has put something there
                 place.rmdir()
         raise
+
+
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """A hash of a header and of tensors on the CPU: a file in which a bit has changed is found by it."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

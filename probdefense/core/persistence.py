@@ -4,7 +4,6 @@ Nothing is pickled and nothing unpickled. A file holds the state of a defense, i
 builder calls that made it, its sites, the versions of the libraries, notes, and a checksum over all of it.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -13,13 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from probdefense.core.defense import Defense
 from probdefense.core.registry import Call, Unrecordable, repeated
+from probdefense.files import checksum as _checksum
 from probdefense.files import whole
 from probdefense.validation import plain
 
@@ -201,15 +200,6 @@ def _version(name: str) -> str:
 def _sites(defense: Defense) -> dict[str, int | None]:
     """The number of elements of every site; None where every example has its own."""
     return {name: None if site.local else site.size for name, site in defense.sites.items()}
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

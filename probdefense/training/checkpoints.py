@@ -13,11 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from probdefense.files import reserve, whole
+from probdefense.files import checksum, reserve, whole
 from probdefense.validation import check_count
 
 ENTRY = "probdefense training"
 """Under this name the header of a file holds what is no tensor."""
+
+CHECKSUM = "checksum"
+"""And under this one a hash of all of it."""
 
 COPIES = 5
 """Weights, two moments of Adam, average and best weights."""
@@ -82,13 +85,15 @@ class Checkpoints:
         Raises:
             OSError: it cannot be written; the files before it stay.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors: dict[str, Tensor] = {}
         about = {"format": FORMAT, "state": pack(state, tensors)}
         name = f"epoch-{epoch:05d}-batch-{batch:08d}.safetensors"
-        with whole(Path(self.folder) / name) as place:
-            save_file(tensors, place, metadata={ENTRY: json.dumps(about)})
+        text = json.dumps(about)
+        content = save(tensors, {ENTRY: text, CHECKSUM: checksum(text, tensors)})
+        with whole(Path(self.folder) / name) as place:  # save_file leaves scraps where it is killed
+            place.write_bytes(content)
         for path in self.paths()[: -self.keep]:
             path.unlink(missing_ok=True)
 
@@ -105,8 +110,11 @@ class Checkpoints:
             return None
         try:
             with safe_open(paths[-1], "pt") as file:
-                entry = (file.metadata() or {}).get(ENTRY)
+                metadata = file.metadata() or {}
+                entry = metadata.get(ENTRY)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.get(CHECKSUM, "") not in ("", checksum(entry or "", tensors)):  # older ones have none
+                raise ValueError("its checksum differs")
         except Exception as error:  # a damaged file fails in many ways
             raise ValueError(
                 f"the checkpoint {paths[-1]} is damaged; remove it, and training goes on from the one before"

@@ -190,6 +190,8 @@ class Run:
         self.descent.optimizer.load_state_dict(found["optimizer"])
         if self.pace.schedule is not None:
             self.pace.schedule.load_state_dict(found["schedule"])
+            if self.steps:  # before the restart, which torch does not know and would warn of
+                self.descent.optimizer._opt_called = True  # type: ignore[attr-defined]
         self.mean.values = [value.to(device) for value in found["average"]["values"]]
         self.mean.count = found["average"]["count"]
         self.watch.best, self.watch.since = found["best"]["best"], found["best"]["since"]

@@ -281,6 +281,9 @@ def test_damaged_foreign_and_newer_files_are_named(tmp_path):
     newest.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{newest.name} is damaged; remove it"):
         trained(tmp_path, epochs=2)
+    newest.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])  # one bit of a tensor
+    with pytest.raises(ValueError, match=f"{newest.name} is damaged; remove it"):
+        trained(tmp_path, epochs=2)
     save_file({"a": torch.zeros(1)}, newest)
     with pytest.raises(ValueError, match="expected a checkpoint of training .* got something else"):
         trained(tmp_path, epochs=2)
@@ -289,6 +292,18 @@ def test_damaged_foreign_and_newer_files_are_named(tmp_path):
         trained(tmp_path, epochs=2)
     newest.unlink()
     assert bits(trained(tmp_path, epochs=2)) == bits(trained(epochs=2))
+
+
+def test_a_schedule_that_goes_on_between_two_epochs_says_nothing(tmp_path):
+    """Torch would warn of a schedule that moves before the optimizer, whose steps were before the restart."""
+    options = {"schedule": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), "epochs": 2}
+
+    def cut(epoch, history):
+        raise Cut
+
+    with pytest.raises(Cut):
+        trained(tmp_path, callbacks=[cut], **options)
+    assert bits(trained(tmp_path, callbacks=[lambda *_: None], **options)) == bits(trained(**options))
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):

@@ -14,7 +14,7 @@ from probdefense.attacks.tools.selection import Best
 from probdefense.checks.bench import Bench, beyond
 from probdefense.checks.comparisons import compared
 from probdefense.checks.results import Check, judged, skipped
-from probdefense.logits.losses import dlr
+from probdefense.logits.losses import dlr, margin
 from probdefense.logits.rules import margins
 from probdefense.types import Inputs, Logits
 
@@ -96,9 +96,14 @@ LATE = 0.05
 """Share of the whole rise of the loss that may fall into the last eighth of the steps."""
 
 
+SCALE_FREE = (dlr, margin)
+"""A ratio of differences, which weighs draws alike, and the difference, which a third class cannot bend."""
+
+
 def _plateau(bench: Bench, flat: Check) -> Check:
-    """The loss beside one that no scale of the logits can flatten: the ratio of their differences."""
-    other = compared(bench, flat.name, "a scale-free loss", bench.climbed("scale-free", loss=dlr))
+    """The loss beside those that no scale of the logits can flatten; the one that leaves less counts."""
+    free = min((bench.climbed("scale-free", loss=loss) for loss in SCALE_FREE), key=np.mean)
+    other = compared(bench, flat.name, "a scale-free loss", free)
     evidence = {**flat.evidence, **other.evidence}
     if flat.fired or other.verdict == "ok":
         return replace(flat if flat.fired else other, evidence=evidence)

@@ -56,11 +56,12 @@ def run(
     The checks: `logits` (not probabilities, nor refusals: NaN, one constant, a class without label),
     `declared randomness`, `no adaptation`; of the gradient, `gradient` (not zero, not detached) and
     `gradient signal` (against the noise of the draws), `stable loss`; of the ascent, `silent success`,
-    `complete optimization`, `loss plateau` (also beside the scale-free loss `dlr`), `fresh draws`; by
-    comparison, `larger eps`, `more steps`, `one step`, `more draws`, `one draw at equal gradients`,
-    `gradient-free`, `mean network`, `unbounded attack`. Pintor's six indicators of attack failure are
-    `gradient`, `stable loss`, `silent success`, `complete optimization`, `fresh draws` and `unbounded
-    attack`. How attacks and verdicts use randomness is asked by `checks.protocol`.
+    `complete optimization`, `loss plateau` (also beside `dlr` and `margin`, which are scale-free),
+    `fresh draws`; by comparison, `larger eps`, `more steps`, `one step`, `more draws`,
+    `one draw at equal gradients`, `gradient-free`, `mean network`, `unbounded attack`. Pintor's six
+    indicators of attack failure are `gradient`, `stable loss`, `silent success`, `complete optimization`,
+    `fresh draws` and `unbounded attack`. How attacks and verdicts use randomness is asked by
+    `checks.protocol`.
 
     Args:
         logits_fn: A `Defense` or any `LogitsFn`.

@@ -298,6 +298,7 @@ PLANTED: dict[str, Planted] = {
     "nearly one-hot logits": Planted(
         after(lambda z: 10 * one_hot(z) + 1e-3 * z), ("loss plateau", "stable loss")
     ),
+    "a step of the logits": Planted(after(lambda z: 10 * one_hot(z) + 0.1 * z), ("loss plateau",)),
     "rounded logits": Planted(after(lambda z: z + (8 * z).round() - (8 * z)), ("stable loss",)),
     "one-hot logits": Planted(after(lambda z: one_hot(z) + 0 * z), ("gradient",)),
     "probabilities": Planted(after(lambda z: z.softmax(-1)), ("logits",)),

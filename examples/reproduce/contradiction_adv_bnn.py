@@ -43,14 +43,15 @@ SCALES = {
 
 
 def systems(lab: Lab, num_data: int) -> dict[str, Any]:
-    """PGD training, and Adv-BNN with several weights of the KL."""
+    """PGD training, and Adv-BNN by weight of the KL: what builds each, what makes its objective."""
 
     def bayesian() -> Any:
         return defenses.bayesian(lab.net(), prior=dist.Normal(0.0, 1.0), num_data=num_data)
 
-    found: dict[str, Any] = {"pgd training": (lambda: pd.deterministic(lab.net()), lab.adversarial())}
+    found: dict[str, Any] = {"pgd training": (lambda: pd.deterministic(lab.net()), lab.adversarial)}
     for weight in lab.weights:
-        found[f"adv_bnn, kl {weight:g}"] = (bayesian, lab.adversarial(partial(elbo, kl_weight=weight)))
+        weighted = partial(elbo, kl_weight=weight)
+        found[f"adv_bnn, kl {weight:g}"] = (bayesian, partial(lab.adversarial, weighted))
     return found
 
 
@@ -69,7 +70,7 @@ def best_rate(lab: Lab, name: str) -> float:
     for rate in lab.rates if len(lab.rates) > 1 else ():
         label = f"search-{name}-{rate:g}".replace(" ", "-").replace(",", "")
         build, objective = systems(lab, len(part))[name]
-        defense = lab.trained(label, 0, build, objective, learning_rate=rate, train=part)
+        defense = lab.trained(label, 0, build, objective(), learning_rate=rate, train=part)
         found[rate] = judged(lab, defense, label, data=held).row(attack="worst")["accuracy"]
     return max(found, key=lambda rate: found[rate]) if found else lab.rates[0]
 
@@ -81,7 +82,7 @@ def rows(lab: Lab) -> Iterator[Row]:
         rate = best_rate(lab, name)
         for seed in lab.seeds:
             label = name.replace(" ", "-").replace(",", "")
-            defense = lab.trained(label, seed, build, objective, learning_rate=rate)
+            defense = lab.trained(label, seed, build, objective(), learning_rate=rate)
             report = judged(lab, defense, name, seed=seed, journal=lab.work / f"{label}-{seed}")
             reports.setdefault(name, []).append(report)
         for row in joined(reports[name]).rows:

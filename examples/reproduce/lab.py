@@ -86,7 +86,7 @@ class Lab:
         return small_net(self.data)
 
     def inner_attack(self, **options: Any) -> Any:
-        """The inner maximization of adversarial training: PGD, whose radius grows first."""
+        """The inner maximization of one adversarial training: PGD whose radius grows, counting its steps."""
         grows = self.sizes.get("warm_up", 0.1)
         steps = max(1, round(grows * self.epochs * -(-self.num_data // self.batch_size)))
         inner = partial(attacks.pgd, num_steps=self.sizes.get("inner_steps", 4), **options)

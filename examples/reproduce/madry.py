@@ -69,12 +69,12 @@ def by_attack(lab: Lab) -> dict[str, Any]:
 def own(lab: Lab) -> Iterator[Row]:
     """Networks of every width, trained plainly and adversarially."""
     for width in lab.widths:
-        for label, objective in {"adversarial": lab.adversarial(), "plain": None}.items():
+        for label in ("adversarial", "plain"):
             if label == "plain" and width != 1:
                 continue
             reports = []
             for seed in lab.seeds:
-                more = {} if objective is None else {"objective": objective}
+                more = {"objective": lab.adversarial()} if label == "adversarial" else {}
                 name = f"{label}-{width:g}"
                 defense = lab.trained(name, seed, partial(built, lab, width), **more)
                 reports.append(lab.judged(defense, name, by_attack(lab), seed=seed))

@@ -105,7 +105,10 @@ def attacked(defense, x, label, radius, norm, rule, steps=8):
 KINDS = [("normal", 2, "vote"), ("normal", 1, "vote"), ("normal", math.inf, "vote"), ("laplace", 1, "vote")]
 KINDS += [
     ("laplace", math.inf, "vote"),
+    ("laplace", 2, "vote"),
     ("uniform", 1, "vote"),
+    ("uniform", 2, "vote"),
+    ("uniform", math.inf, "vote"),
     ("normal", 2, "mean_prob"),
     ("uniform", 1, "mean_prob"),
 ]

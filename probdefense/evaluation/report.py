@@ -134,7 +134,7 @@ class Report(Exports):
 
         Raises:
             TypeError: something else than several reports.
-            ValueError: no reports, other settings or rows, or examples that are in several.
+            ValueError: no reports, another defense, other settings or rows, or examples that are in several.
 
         Examples:
             >>> import torch, probdefense as pd

@@ -53,6 +53,7 @@ def evaluate(
     Writes report.json, timing.json, arrays.npz, robustness.png and report.html. What is finished is kept in
     the folder journal: killed and run again, the command goes on, and writes the same bytes.
     """
+    from probdefense.evaluation.fingerprint import fingerprint
     from probdefense.study import findings, judgement
     from probdefense.validation import check_count, check_member
 
@@ -68,6 +69,8 @@ def evaluate(
         radii = judgement.radii(eps, data, power)
     with _refusing("--attacks"):
         chosen = judgement.attacks_named(_names(attacks), ready, power)
+    with _refusing("TARGET"):
+        fingerprint(ready.target.logits_fn, ready.target.name)  # which the journal needs
     with _writing(out, "--attacks"):
         report = judgement.evaluated(ready, chosen, power, radii, num_samples, out / "journal")
     if ready.first:

@@ -53,6 +53,14 @@ class Wide:
 
 wide = Wide()
 
+class Alike:
+    stochastic = False
+
+    def __call__(self, x, num_samples=None):
+        return torch.zeros(1, len(x), 10)
+
+alike = Alike()
+
 def late(x, num_samples):
     return answers(x, num_samples) / (len(x) < 3)  # two images are fine, a chunk is not
 
@@ -217,6 +225,11 @@ def test_options_that_do_not_fit_are_refused(
 def test_numbers_out_of_range_are_refused(command, options, named, said, place, monkeypatch, capsys):
     sentence = refused(capsys, monkeypatch, place, command, "good.safetensors", *options)
     assert named in sentence and said in sentence
+
+
+def test_a_target_without_a_fingerprint_is_refused(place, monkeypatch, capsys):
+    sentence = refused(capsys, monkeypatch, place, "evaluate", "mine.py:alike", "--attacks", "fgsm")
+    assert "TARGET: 'alike' cannot be told from others" in sentence
 
 
 def test_answers_too_wide_for_the_suite_are_refused(place, monkeypatch, capsys):

@@ -103,7 +103,7 @@ def write_html(
     report, by_name = ranked(report), _by_name(report, checks, Checks, "checks")
     certificates = _by_name(report, certificate, Certificate, "certificate")
     details = [
-        *compared(comparison),
+        *compared(comparison, report.defenses),
         certified(certificates, report),
         checked(by_name, fired=True),
         checked(by_name, fired=False),

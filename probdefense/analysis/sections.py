@@ -104,12 +104,15 @@ def spent(report: Report) -> Table | None:
     return Table("What the attacks spent", about, columns, rows, folded=True) if rows else None
 
 
-def compared(comparison: Comparison | None) -> list[Table]:
-    """Differences as bars, under the worst case and on clean images apart; all of many are folded."""
+def compared(comparison: Comparison | None, order: Sequence[str]) -> list[Table]:
+    """Differences as bars, under the worst case and on clean images apart; all of many are folded.
+
+    The first of a pair is the one that stands first in `order`, so that pairs follow the page.
+    """
     if comparison is None:
         return []
     reach = max(row["eps"] for row in comparison.rows)
-    shown = [row for row in comparison.rows if row["eps"] in (0.0, reach)]
+    shown = _in_order([row for row in comparison.rows if row["eps"] in (0.0, reach)], order)
     kept = [row for row in shown if row["attack"] in ("clean", "worst")] or shown
     groups = [[r for r in kept if r["attack"] != "clean"], [r for r in kept if r["attack"] == "clean"]]
     caption = (
@@ -126,6 +129,31 @@ def compared(comparison: Comparison | None) -> list[Table]:
             _pairs([row for group in groups for row in group], f"All {len(kept)} pairs", "", folded=True)
         )
     return tables
+
+
+def _in_order(rows: list[Row], order: Sequence[str]) -> list[Row]:
+    """Pairs as the names stand in `order`; names that do not stand there last, as they come."""
+    place = {name: number for number, name in enumerate(order)}
+
+    def places(row: Row) -> tuple[int, ...]:
+        return tuple(place.get(row[side], len(place)) for side in "ab")
+
+    turned = [_turned(row) if places(row)[0] > places(row)[1] else row for row in rows]
+    return sorted(turned, key=places)
+
+
+def _turned(row: Row) -> Row:
+    """The same comparison seen from the other side."""
+    return row | {
+        "a": row["b"],
+        "b": row["a"],
+        "accuracy_a": row["accuracy_b"],
+        "accuracy_b": row["accuracy_a"],
+        "difference": -row["difference"],
+        "low": -row["high"],
+        "high": -row["low"],
+        "probability": 1 - row["probability"],
+    }
 
 
 def _with_best(rows: list[Row]) -> list[Row]:

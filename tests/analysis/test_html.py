@@ -179,6 +179,21 @@ def test_a_report_of_several_compares_them_and_wants_results_by_name(tmp_path):
             both.to_html(tmp_path, images=wrong)
 
 
+def test_pairs_stand_in_the_order_of_the_page(tmp_path):
+    """The more robust one first, seen from its side, whatever the order of the comparison."""
+    both = report()
+    both.rows = both.rows[len(both.rows) // 2 :] + both.rows[: len(both.rows) // 2]
+    comparison = pd.compare_all(both)
+    row = next(row for row in comparison.rows if row["attack"] == "clean")
+    assert (row["a"], row["b"]) == ("noisy", "plain") and row["difference"] < 0
+    text = plain_text(write_html(both, tmp_path, comparison=comparison).read_text())
+    low, high = -100 * row["high"], -100 * row["low"]
+    shown = f"plain - noisy clean {row['rule']} {-100 * row['difference']:+.1f} [{low:.1f}, {high:.1f}]"
+    assert shown in text and "noisy - plain" not in text
+    better = re.search(re.escape(shown) + r" (\S+)", text)[1]
+    assert float(better) == pytest.approx(1 - row["probability"], abs=5e-4)
+
+
 def test_a_network_without_randomness_has_one_line(tmp_path):
     one = pd.evaluate(
         pd.deterministic(nn.Linear(4, 3)), (torch.rand(9, 4), torch.zeros(9).long()), name="net"

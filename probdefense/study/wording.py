@@ -112,7 +112,7 @@ def _ranges(attack: str, costs: list[tuple[str, float, int]]) -> str:
     """The range over defenses, for every number of draws per call; the suite chooses its draws itself."""
     groups: dict[tuple[str, str], list[float]] = {}
     for kind, cost, draws in costs:
-        suffix = "" if attack == JUDGE else f" ({draws} draws per call)"
+        suffix = "" if attack == JUDGE else f" ({draws} draw{'s' * (draws != 1)} per call)"
         groups.setdefault((kind, suffix), []).append(round(cost))
     return ", ".join(
         f"{min(found)} to {max(found)} {kind}{suffix}"

@@ -9,7 +9,7 @@ from probdefense.checks import Check
 from probdefense.checks.results import Checks
 from probdefense.evaluation.report import Report, proportion
 from probdefense.study.job import Result
-from probdefense.study.wording import lines
+from probdefense.study.wording import _ranges, lines
 
 NAMES = ("none", "adv_bnn", "rse", "madry")
 ATTACKS = {"clean": 0.0, "eot_pgd": 0.2, "fgsm": 0.2, "square": 0.2, "suite": 0.2, "worst": 0.2}
@@ -111,3 +111,9 @@ def test_long_lists_are_for_those_who_ask():
     assert not any("attack without gradients" in line for line in short)
     below = [found[next(k for k, line in enumerate(found) if "budget" in line) :] for found in (short, whole)]
     assert len(below[0]) < 22 < len(below[1])
+
+
+def test_one_draw_is_no_draws():
+    costs = [("gradients", 32.0, 1), ("gradients", 32.0, 16), ("gradients", 40.0, 16)]
+    said = _ranges("eot_pgd", costs)
+    assert said == "32 gradients (1 draw per call), 32 to 40 gradients (16 draws per call)"

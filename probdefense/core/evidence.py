@@ -123,11 +123,12 @@ def evidence(model: Trace, guide: Trace, parents: Structure, batch: int) -> Evid
         batch: Number of examples.
 
     Raises:
-        ValueError: nothing is observed per example, more examples than the plate has, or a site to be
-            enumerated.
+        ValueError: nothing is observed per example, more examples than the plate has, a site to be
+            enumerated, or one of the guide that the model lacks.
     """
     latent, observed = random_sites(model), random_sites(model, observed=True)
     _refuse_enumerated(latent, guide)
+    _refuse_strangers(latent, guide)
     log_probs = {name: _log_prob(site) for name, site in observed.items()}
     dims = {name: batch_dim(site, log_probs[name].shape, batch) for name, site in observed.items()}
     rows = {name: dim for name, dim in dims.items() if dim is not None}
@@ -148,6 +149,17 @@ def evidence(model: Trace, guide: Trace, parents: Structure, batch: int) -> Evid
     score = torch.as_tensor(MultiFrameTensor(*scores.values()).sum_to(plates))
     score = score.reshape(-1).expand(batch)
     return Evidence(log_lik + log_lik.detach() * score, kl, score, num_data)
+
+
+def _refuse_strangers(latent: Sites, guide: Trace) -> None:
+    """A site of the guide alone is most often a misspelled one, whose namesake would keep its prior."""
+    for name, site in random_sites(guide).items():
+        if name not in latent and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"expected the sites of the guide in the model, got {name!r}, which it lacks; the model has "
+                f"{', '.join(map(repr, latent)) or 'none'}: spell it alike, or, if it is meant, sample it "
+                "with infer={'is_auxiliary': True}"
+            )
 
 
 def _divergences(latent: Sites, guide: Trace, parents: Structure) -> list[Cost]:

@@ -60,8 +60,9 @@ def from_samples(
 
     Raises:
         TypeError: samples that are no states.
-        ValueError: no sample, samples that differ in their names, a name or shape that the network does not
-            have, chains of different lengths, or weights that are no probabilities of them.
+        ValueError: no sample, one that is not finite, samples that differ in their names, a name or shape
+            that the network does not have, chains of different lengths, or weights that are no probabilities
+            of them.
 
     References:
         Izmailov et al., 2021, [What Are Bayesian Neural Network Posteriors Really
@@ -234,7 +235,10 @@ def _row(state: State, names: list[list[str]], known: Mapping[str, Tensor]) -> T
         raise ValueError(
             f"expected samples with the same names, got {sorted(extra)[:4]} in one; leave them out"
         )
-    return torch.cat(parts)
+    row = torch.cat(parts)
+    if not bool(torch.isfinite(row).all()):
+        raise ValueError("expected finite samples, got NaN or infinity in one; leave out what diverged")
+    return row
 
 
 def _tensor(value: Any) -> Tensor:

@@ -142,6 +142,21 @@ def test_a_site_to_be_enumerated_is_refused_by_name():
         defense.step(*batch())
 
 
+def test_a_site_of_the_guide_that_the_model_lacks_is_refused_by_name():
+    def guide(misspelled, **options):
+        class Guide(PyroModule):
+            def forward(self, x, y=None):
+                pyro.sample("lin.weight", dist.Normal(torch.zeros(3, 4), 0.1).to_event(2))
+                pyro.sample(misspelled, dist.Normal(0.0, 1.0), **options)
+
+        return Guide()
+
+    with pytest.raises(ValueError, match=r"got 'lin.weigth', which it lacks; the model has 'lin.weight'"):
+        pd.Defense(Model(), guide("lin.weigth"), example=batch(2)[0]).step(*batch())
+    meant = guide("scratch", infer={"is_auxiliary": True})
+    assert pd.Defense(Model(), meant, example=batch(2)[0]).step(*batch()).kl
+
+
 # Plates
 
 

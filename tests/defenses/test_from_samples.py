@@ -171,6 +171,11 @@ def test_files_hold_the_samples(tmp_path):
             ValueError,
             r"7.bias of shape \(3,\) in every sample",
         ),
+        (
+            lambda s: [s[0], {**s[1], "7.bias": torch.full((3,), torch.nan)}],
+            ValueError,
+            "expected finite samples, got NaN",
+        ),
         (lambda s: [s[:1], s[:2]], ValueError, r"expected chains of one length, got \[1, 2\]"),
         (lambda s: {"7.bias": torch.ones(3)}, ValueError, "share leading axes"),
         (

@@ -1,17 +1,15 @@
 """A JAX posterior as an ArviZ container: its draws by chain, in their order."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from probdefense.analysis.arviz import Groups, _at_labels, _predictive, from_groups
-from probdefense.analysis.fits import LAST_LAYER
-from probdefense.rng import derive
+from probdefense.analysis.fits import LAST_LAYER, Drawn, unused
+from probdefense.analysis.trees import PREDICTIONS, Groups, Names, of_draws, placed, predicted, whole
 from probdefense.types import Inputs, Labels
-from probdefense.validation import check_classes
 
 
 def of_bridge(
@@ -21,6 +19,7 @@ def of_bridge(
     adversarial: Mapping[float, Inputs],
     weights: bool,
     seed: int,
+    names: Names,
 ) -> Any:
     """The container of a `Bridge`: at most `num_samples` draws of each chain, evenly spaced."""
     x, y = data
@@ -35,36 +34,34 @@ def of_bridge(
             return frozen(points).cpu().double().log_softmax(-1).unflatten(0, chosen.shape)
 
     clean = log_probs(x)
-    check_classes(y, clean.shape[-1])
-    groups: Groups = {
-        "posterior": _draws(source, chosen, weights),
-        "posterior_predictive": _predictive(clean, derive(seed, "labels")),
-        "log_likelihood": {"y": _at_labels(clean, y).numpy()},
-        "observed_data": {"y": y.cpu().numpy()},
-        "constant_data": {"x": x.detach().cpu().numpy()},
-    }
-    if adversarial:
-        attacked = torch.stack([log_probs(points) for points in adversarial.values()], dim=2)
-        groups["predictions"] = {"probs": attacked.exp().float().numpy()}
-    sizes = {"example": np.arange(len(y)), "class": np.arange(clean.shape[-1])}
-    tree = from_groups(
-        groups,
-        coords=sizes | ({"eps": [float(radius) for radius in adversarial]} if adversarial else {}),
-        dims={"y": ["example"], "x": ["example"], "probs": ["example", "class"]},
-        pred_dims={"probs": ["eps", "example", "class"]},
-    )
+    found = predicted(clean, data, {eps: log_probs(points) for eps, points in adversarial.items()}, seed)
+    leaves = _leaves(source, chosen)
+    several = chosen.numel() > 1
+    same = {n: v[0, 0].numpy() for n, v in leaves.items() if several and bool((v == v[:1, :1]).all())}
+    constant = cast(Groups, found.values)["constant_data"]
+    constant |= {unused(name, {*constant}): value for name, value in same.items()}
+    parts = [placed(cast(Groups, found.values), found, names, PREDICTIONS)]
+    varied = {name: value for name, value in leaves.items() if name not in same}
+    parts += of_draws({"posterior": [_drawn(varied, clean, k, weights) for k in range(chains)]}, y, names)
+    tree = whole(parts, names, {"seed": seed, "defense": "bridge", "rule": "mean_prob"})
     tree["log_likelihood"].attrs["weights_are_random"] = 1
     tree["posterior_predictive"].attrs["chains"] = f"{chains} chains of given draws, in their order"
     return tree
 
 
-def _draws(source: Any, chosen: Tensor, weights: bool) -> dict[str, np.ndarray]:
-    """The leaves of the draws by path, ``(chain, draw, ...)``; without `weights` those that are small."""
+def _drawn(leaves: Mapping[str, Tensor], log_probs: Tensor, chain: int, weights: bool) -> Drawn:
+    """One chain: its leaves, without `weights` those that are small, and the mean square of each."""
+    kept = {name: v[chain] for name, v in leaves.items() if weights or v[0, 0].numel() <= LAST_LAYER}
+    rms = {name: v[chain].flatten(1).square().mean(1).sqrt() for name, v in leaves.items()}
+    return Drawn(kept, {"weight_rms": rms}, log_probs[chain])
+
+
+def _leaves(source: Any, chosen: Tensor) -> dict[str, Tensor]:
+    """The draws by path, ``(chain, draw, ...)``."""
     import jax
 
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(source.network.draws):
         keys = [str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path]
-        if weights or leaf[0].size <= LAST_LAYER:
-            found[".".join(keys) or "draws"] = np.asarray(leaf)[chosen.numpy()]
+        found[".".join(keys) or "draws"] = torch.as_tensor(np.array(np.asarray(leaf)[chosen.numpy()]))
     return found

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from probdefense.analysis.arviz import from_groups
 from probdefense.analysis.thresholds import Outcomes, predict_draws, start, success_model, tally
+from probdefense.analysis.trees import from_groups
 from probdefense.evaluation.arrays import radii_of
 from probdefense.evaluation.report import Report, check_report
 from probdefense.validation import check_count, check_kind, check_member, check_seed

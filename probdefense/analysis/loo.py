@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from probdefense.analysis.arviz import from_groups
 from probdefense.analysis.pictures import groups_of
+from probdefense.analysis.trees import from_groups
 from probdefense.core.defense import Defense
 from probdefense.core.programs import vector
 from probdefense.core.sites import WeightSite

@@ -463,6 +463,7 @@ def test_axes_take_the_names_of_the_caller():
         ({"class_names": ["a", "b"]}, "expected 3 coordinates of the axis 'class', got 2"),
         ({"dims": {"weight": ["class"]}}, r"expected 2 names for the axes of 'weight', shape \(3, 4\)"),
         ({"dims": {"wait": ["class"]}}, "got \\['wait'\\]; known: .*weight"),
+        ({"coords": {"exampel": files}}, r"axes of the container, got \['exampel'\]; known: .*example"),
     ):
         with pytest.raises(ValueError, match=match):
             to_arviz(linear_defense(), (x, y), num_samples=2, **wrong)
@@ -475,6 +476,22 @@ def test_what_made_it_is_written_down():
         assert wanted | {"defense": "bayesian of Linear"} == {
             name: place.attrs[name] for name in (*wanted, "defense")
         }
+
+
+def test_a_report_and_a_prediction_take_names_and_say_what_made_them():
+    defense, (x, y) = linear_defense(), flat_batch(4)
+    report, files = pd.evaluate(defense, (x, y), num_samples=4, name="bnn"), [f"{k}.png" for k in range(4)]
+    tree = to_arviz(report, seed=5, coords={"example": files})
+    assert list(tree["observed_data"]["correct"]["example"].values) == files
+    assert (tree.attrs["library"], tree.attrs["seed"], tree.attrs["defense"]) == ("probdefense", 5, "bnn")
+    assert tree["posterior"].attrs["rule"] == "mean_prob, single_draw" and tree["posterior"].attrs["settings"]
+    tree = to_arviz(pd.predict(defense, x, 4), class_names=["cat", "dog", "owl"])
+    assert list(tree["constant_data"]["probs"]["class"].values) == ["cat", "dog", "owl"]
+    assert tree.attrs["version"] == pd.__version__ and tree.attrs["rule"] == "mean_prob"
+    with pytest.raises(ValueError, match=r"got \['class'\]; known: chain, draw, example, row"):
+        to_arviz(report, class_names=["cat"])
+    with pytest.raises(ValueError, match="expected dims= for a defense"):
+        to_arviz(report, dims={"accuracy": ["row"]})
 
 
 def test_loo_is_arvizs_own_and_its_plots_and_comparison_take_it():

@@ -116,6 +116,32 @@ def test_arviz_sees_chains_draws_and_likelihoods():
         pd.to_arviz(posterior)
 
 
+def test_arviz_gets_names_what_made_it_and_no_constants():
+    draws = {"w": W, "x": B, "scale": np.full(6, 2.0)}
+    posterior = bridge(lambda p, x: x @ p["w"] * p["scale"] + p["x"], draws)
+    classes, files = ["cat", "dog", "owl"], [f"{k}.png" for k in range(6)]
+    tree = pd.to_arviz(
+        posterior,
+        points(),
+        seed=3,
+        class_names=classes,
+        coords={"example": files},
+        dims={"w": ["pixel", "class"]},
+    )
+    for place in (tree, tree["posterior"]):
+        assert [place.attrs[name] for name in ("library", "seed", "rule")] == ["probdefense", 3, "mean_prob"]
+    assert tree["posterior"]["w"].dims == ("chain", "draw", "pixel", "class")
+    assert list(tree["posterior_predictive"]["probs"]["class"].values) == classes
+    assert list(tree["log_likelihood"]["y"]["example"].values) == files
+    assert set(tree["posterior"].data_vars) == {"w", "x", "weight_rms"}
+    assert np.asarray(tree["constant_data"]["scale"]).item() == 2.0
+    rms = np.sqrt(np.square(W).mean((1, 2)))
+    np.testing.assert_allclose(tree["posterior"]["weight_rms"].sel(parameter="w")[0], rms, rtol=1e-5)
+    assert "w" in pd.to_arviz(bridge(lambda p, x: x @ p["w"], {"w": W[:1]}), points())["posterior"]
+    with pytest.raises(ValueError, match="known: weight_rms, w"):
+        pd.to_arviz(bridge(lambda p, x: x @ p["w"], {"w": W}), points(), dims={"b": ["class"]})
+
+
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
 def test_loo_takes_it():
     w = RNG.normal(size=(2, 30, 4, 3))

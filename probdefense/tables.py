@@ -78,9 +78,31 @@ def _cells(
     return [[_cell(row.get(name), name in percent) for name in columns] for row in rows]
 
 
+def points(difference: float) -> str:
+    """A difference of shares in percentage points; what would be printed as 0.0 is said to be a tie.
+
+    Examples:
+        >>> points(0.125), points(-0.04), points(-0.0002)
+        ('+12.5', '-4.0', 'tie')
+    """
+    text = f"{100 * difference:+z.1f}"
+    return "tie" if text == "+0.0" else text
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence.
+
+    Examples:
+        >>> listed(["fgsm"]), listed(["fgsm", "pgd", "suite"])
+        ('fgsm', 'fgsm, pgd and suite')
+    """
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _cell(value: Any, percent: bool) -> str:
     if value is None:
         return "-"
     if percent:
-        return f"{100 * value:.1f}"
+        return f"{100 * value:z.1f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
 """Rows as text, HTML, Markdown and LaTeX."""
 
-from probdefense.tables import MOST, html_table, latex_table, markdown_table
+from probdefense.tables import MOST, html_table, latex_table, markdown_table, points
 
 ROWS = [{"name": "a|b_c", "accuracy": 0.125, "eps": 0.1}, {"name": "<x> 50 %", "accuracy": None, "eps": 2}]
 NAMES = ("name", "accuracy", "eps")
@@ -12,6 +12,11 @@ def test_html_is_escaped_and_cut():
     assert "<td>12.5</td><td>0.1</td>" in text and "<td>-</td><td>2</td>" in text
     many = html_table([{"k": k} for k in range(MOST + 5)], ["k"])
     assert many.count("<tr>") == MOST + 1 and "5 rows more" in many
+
+
+def test_a_small_difference_has_no_sign():
+    assert "<td>0.0</td>" in html_table([{"difference": -0.0001}], ["difference"])
+    assert [points(each) for each in (-0.0001, 0.0, 0.0004, -0.0006)] == ["tie", "tie", "tie", "-0.1"]
 
 
 def test_markdown_by_hand():

@@ -30,12 +30,13 @@ from probdefense.analysis.sections import (
     strongest,
 )
 from probdefense.analysis.style import COLORS, MUTED
-from probdefense.checks.results import Check, Checks
+from probdefense.checks.results import Check, Checks, unapplied
 from probdefense.evaluation.certification import Certificate
 from probdefense.evaluation.comparison import Comparison, compare_all
 from probdefense.evaluation.exports import Exports
 from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.files import whole
+from probdefense.tables import listed
 from probdefense.types import Inputs
 from probdefense.validation import check_kind
 
@@ -210,12 +211,18 @@ def _verdict(report: Report, row: Row, checks: Iterable[Check]) -> Verdict:
         )
     known = list(checks)
     ran = [check for check in known if check.verdict not in ("not applicable", "cannot tell")]
-    unsure = sum(check.verdict == "cannot tell" for check in known)
     fired = [f"{check.name} ({check.verdict})" for check in ran if check.fired]
-    quiet = f"{len(ran)} checks found nothing wrong. {f'{unsure} cannot tell. ' if unsure else ''}{CAN}"
+    quiet = _quiet(len(ran), known) if ran and not fired else ""
     doubt = f"Not to be trusted yet: {', '.join(fired)}." if fired else ""
     number = f"{100 * row['accuracy']:.0f}\N{NO-BREAK SPACE}%"
-    return Verdict(name, number, sentence + ".", _why(report, row), quiet if ran and not fired else "", doubt)
+    return Verdict(name, number, sentence + ".", _why(report, row), quiet, doubt)
+
+
+def _quiet(ran: int, checks: list[Check]) -> str:
+    """What checks say of which none fired."""
+    unsure = sum(check.verdict == "cannot tell" for check in checks)
+    said = [f"{ran} checks found nothing wrong", f"{unsure} cannot tell" if unsure else "", unapplied(checks)]
+    return f"{', '.join(filter(None, said))}. {CAN}"
 
 
 def _why(report: Report, judged: Row) -> str:
@@ -228,9 +235,15 @@ def _why(report: Report, judged: Row) -> str:
     ]
     if len(found) < 2:
         return ""
-    found.sort(key=lambda row: row["accuracy"])
-    left = [f"{row['attack']} leaves {100 * row['accuracy']:.0f}\N{NO-BREAK SPACE}%" for row in found]
-    return f"Strongest attack: {left[0]}; then {', '.join(left[1:4])}."
+    by_rest: dict[str, list[str]] = {}
+    for row in sorted(found, key=lambda row: row["accuracy"]):
+        by_rest.setdefault(f"{100 * row['accuracy']:.0f}\N{NO-BREAK SPACE}%", []).append(row["attack"])
+    left = [
+        f"{listed(names)} {'each leave' if len(names) > 1 else 'leaves'} {rest}"
+        for rest, names in by_rest.items()
+    ]
+    first = left[0] if len(next(iter(by_rest.values()))) > 1 else f"Strongest attack: {left[0]}"
+    return f"{first}; then {', '.join(left[1:4])}." if left[1:] else f"{first}."
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:

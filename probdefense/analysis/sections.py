@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from probdefense.analysis.plots import norm_name
-from probdefense.checks.results import Check
+from probdefense.checks.results import Check, unapplied
 from probdefense.evaluation.certification import Certificate
 from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.exports import per_image, told_apart
 from probdefense.evaluation.report import Report, Row
+from probdefense.tables import points
 
 SMALLEST = 0.001
 """Probabilities below are not told apart."""
@@ -169,7 +170,7 @@ def _pairs(rows: list[Row], title: str, caption: str, folded: bool) -> Table:
             Cell(f"{row['a']} - {row['b']}"),
             Cell("", bar=_bar(row, reach)),
             Cell(f"{row['attack']} {row['eps']:g}" if row["eps"] else row["attack"], row["rule"]),
-            Cell(f"{100 * row['difference']:+.1f}", f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}]"),
+            Cell(points(row["difference"]), f"[{100 * row['low']:z.1f}, {100 * row['high']:z.1f}]"),
             Cell(chance(row["probability"])),
             Cell(chance(row["p_holm"])),
         ]
@@ -198,13 +199,17 @@ def chance(value: float) -> str:
 
 def checked(checks: Mapping[str, Iterable[Check]], fired: bool) -> Table | None:
     """The checks that fired or cannot tell, or the others."""
-    rows = [
-        [Cell(name), Cell(check.name), Cell(check.verdict), Cell(_evidence(check), wide=True)]
+    shown = [
+        (name, check)
         for name, found in checks.items()
         for check in found
         if (check.fired or check.verdict == "cannot tell") == fired
     ]
-    title = "Is it robust, or just noisy?" if fired else f"{len(rows)} checks that did not fire"
+    rows = [
+        [Cell(name), Cell(check.name), Cell(check.verdict), Cell(_evidence(check), wide=True)]
+        for name, check in shown
+    ]
+    title = "Is it robust, or just noisy?" if fired else _unfired([check for _, check in shown])
     about = (
         "A check that fires shows that a number is too good to be true."
         if fired
@@ -213,6 +218,13 @@ def checked(checks: Mapping[str, Iterable[Check]], fired: bool) -> Table | None:
     )
     columns = ["defense", "check", "verdict", "evidence"]
     return Table(title, about, columns, rows, folded=not fired) if rows else None
+
+
+def _unfired(checks: list[Check]) -> str:
+    """How many checks found nothing wrong, of those that did not fire."""
+    quiet, skip = sum(check.verdict == "ok" for check in checks), unapplied(checks)
+    title = f"{len(checks)} checks that did not fire"
+    return f"{title}: {quiet} found nothing wrong, {skip}" if skip else title
 
 
 def _evidence(check: Check) -> str:

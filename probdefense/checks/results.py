@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,6 +56,17 @@ def skipped(name: str, why: str) -> Check:
     return Check(name, "not applicable", why)
 
 
+def unapplied(checks: Iterable[Check]) -> str:
+    """How many checks have nothing to say here, in words; empty for none.
+
+    Examples:
+        >>> unapplied([skipped("more draws", "nothing is random")] * 2)
+        '2 do not apply'
+    """
+    count = sum(check.verdict == "not applicable" for check in checks)
+    return f"{count} {'does' if count == 1 else 'do'} not apply" if count else ""
+
+
 @dataclass(frozen=True, repr=False)
 class Checks:
     """All verdicts of a run, in the order of the suite."""
@@ -101,7 +112,8 @@ class Checks:
     @property
     def _found(self) -> str:
         counts = [sum(check.verdict != "not applicable" for check in self.checks), len(self.fired)]
-        return "{} checks apply, {} found something wrong, {} cannot tell".format(*counts, len(self.unsure))
+        said = "{} checks apply, {} found something wrong, {} cannot tell".format(*counts, len(self.unsure))
+        return ", ".join(filter(None, (said, unapplied(self.checks))))
 
     @property
     def _rows(self) -> list[dict[str, str]]:

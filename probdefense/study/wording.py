@@ -5,12 +5,14 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
+from probdefense.analysis.sections import chance
+from probdefense.checks.results import Checks, unapplied
 from probdefense.evaluation.exports import told_apart
 from probdefense.evaluation.report import Row
 from probdefense.study.job import Result
 from probdefense.study.opponents import OTHER_NORMS
 from probdefense.study.request import JUDGE
-from probdefense.tables import format_table
+from probdefense.tables import format_table, listed, points
 
 HELD = "\N{NO-BREAK SPACE}"
 
@@ -164,13 +166,22 @@ def _checks(result: Result, verbose: bool) -> list[str]:
     budget = f"{asked['checked']} images, {asked['check_gradients']} gradients per image"
     said = [f"checks at {budget}, which is little; checks.run takes more"] if result.checks else []
     for name, found in result.checks.items():
-        quiet = sum(check.verdict == "ok" for check in found)
         doubts = [*found.fired, *found.unsure]
         names = ", ".join(f"{check.name} ({check.verdict})" for check in doubts)
-        counts = f"{quiet} ok, {len(found.fired)} fired"
-        said.append(f"checks, {name}: {counts}{f': {names}' if doubts and not verbose else ''}")
+        said.append(f"checks, {name}: {_counts(found)}{f': {names}' if doubts and not verbose else ''}")
         said += [f"  {check.name}: {check.verdict}. {check.advice}" for check in doubts if verbose]
     return said
+
+
+def _counts(found: Checks) -> str:
+    """How many checks ran and what they said, and how many do not apply."""
+    quiet, unsure = sum(check.verdict == "ok" for check in found), len(found.unsure)
+    said = [
+        f"{quiet} ok, {len(found.fired)} fired",
+        f"{unsure} cannot tell" if unsure else "",
+        unapplied(found),
+    ]
+    return ", ".join(filter(None, said))
 
 
 def _pairs(result: Result, verbose: bool) -> list[str]:
@@ -190,25 +201,30 @@ def _pairs(result: Result, verbose: bool) -> list[str]:
 
 def _pair(row: Row) -> str:
     return (
-        f"  {row['a']} - {row['b']}: {100 * row['difference']:+.1f} "
-        f"[{100 * row['low']:.1f}, {100 * row['high']:.1f}], "
-        f"P({row['a']} is better) = {row['probability']:.3f}, p {_p_value(row['p_holm'])} (Holm)"
+        f"  {row['a']} - {row['b']}: {points(row['difference'])} "
+        f"[{100 * row['low']:z.1f}, {100 * row['high']:z.1f}], "
+        f"P({row['a']} is better) {_chance(row['probability'])}, p {_chance(row['p_holm'])} (Holm)"
     )
 
 
-def _p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.2g}"
+def _chance(value: float) -> str:
+    text = chance(value)
+    return text if text[0] in "<>" else f"= {text}"
 
 
 def _best(rows: list[Row]) -> list[str]:
-    """The most robust defense among those that saw the same images, what it beats, and what it does not."""
+    """Who has the most among those that saw the same images, and what is below; no winner without a difference."""
     accuracy = {row[side]: row[f"accuracy_{side}"] for row in rows for side in "ab"}
-    best = max(accuracy, key=lambda name: accuracy[name])
-    mine = [row for row in rows if best in (row["a"], row["b"])]
+    most = max(accuracy.values())
+    first = [name for name in accuracy if points(accuracy[name] - most) == "tie"]
     told = {True: [], False: []}  # type: dict[bool, list[str]]
-    for row in mine:
-        other, sign = (row["b"], 1) if row["a"] == best else (row["a"], -1)
-        told[row["p_holm"] < LEVEL].append(f"{other} ({100 * sign * row['difference']:+.1f})")
-    above = f"{best} is above {', '.join(told[True])}" if told[True] else f"{best} is highest"
-    close = f"; not told apart from {', '.join(told[False])}" if told[False] else ""
-    return [f"  {above}{close}"]
+    for name in (name for name in accuracy if name not in first):
+        pairs = [row for row in rows if name in (row["a"], row["b"]) and {row["a"], row["b"]} & {*first}]
+        sure = all(row["p_holm"] < LEVEL for row in pairs)
+        told[sure].append(f"{name} ({points(most - accuracy[name])})")
+    tie = f"{listed(first)} tie at {100 * most:.1f}" if len(first) > 1 else ""
+    above = f"{'and are' if tie else 'is'} above {', '.join(told[True])}" if told[True] else ""
+    close = f"not told apart from {', '.join(told[False])}" if told[False] else ""
+    if not above:
+        return [f"  no winner: {'; '.join(filter(None, (tie, close))) if tie else f'{first[0]} is {close}'}"]
+    return [f"  {tie or first[0]} {above}{f'; {close}' if close else ''}"]

@@ -66,7 +66,51 @@ def test_checks_that_fired_put_the_verdict_in_doubt(tmp_path):
     assert "1 checks found nothing wrong." in text
     assert "Not to be trusted yet: gradient (defense masks)." in text
     assert "noisy gradient defense masks look at <the> gradients (zero gradients 0.75)" in text
-    assert text.index("Is it robust, or just noisy?") < text.index("2 checks that did not fire")
+    quiet = "2 checks that did not fire: 1 found nothing wrong, 1 does not apply"
+    assert text.index("Is it robust, or just noisy?") < text.index(quiet)
+
+
+def test_only_checks_that_ran_speak_for_a_verdict(tmp_path):
+    skips = [Check(name, "not applicable", "nothing is random") for name in ("more draws", "lucky draw")]
+    checks = {"plain": [Check("gradient", "ok", ""), Check("flat", "cannot tell", "more"), *skips]}
+    text = plain_text(page(tmp_path, checks=checks))
+    assert "1 checks found nothing wrong, 1 cannot tell, 2 do not apply. They could show" in text
+    assert "3 checks that did not fire: 1 found nothing wrong, 2 do not apply" in text
+    ran = {"plain": [Check("gradient", "ok", "")] * 3}
+    assert "3 checks that did not fire A check can show" in plain_text(page(tmp_path, checks=ran))
+
+
+def with_rates(**rates):
+    """A report of one defense of which planted attacks leave so much, beside a clean row."""
+    rows = [
+        {
+            "defense": "net",
+            "attack": attack,
+            "eps": 0.2 * (attack != "clean"),
+            "rule": "vote",
+            "draws": "none",
+        }
+        | {"accuracy": rate, "low": rate, "high": rate, "num_examples": 50, "num_samples": 1}
+        | {"attack_samples": None, "queries": 0, "gradients": 0}
+        for attack, rate in ({"clean": 0.9} | rates | {"worst": min(rates.values())}).items()
+    ]
+    return pd.Report(rows, {"norm": "inf"})
+
+
+def test_attacks_that_leave_the_same_are_named_together(tmp_path):
+    said = plain_text(write_html(with_rates(fgsm=0.1, pgd=0, suite=0), tmp_path).read_text())
+    assert "pgd and suite each leave 0 %; then fgsm leaves 10 %." in said and "Strongest" not in said
+    said = plain_text(write_html(with_rates(fgsm=0.1, pgd=0.02, suite=0.1), tmp_path).read_text())
+    assert "Strongest attack: pgd leaves 2 %; then fgsm and suite each leave 10 %." in said
+    said = plain_text(write_html(with_rates(fgsm=0, pgd=0.001), tmp_path).read_text())
+    assert "fgsm and pgd each leave 0 %. " in said
+
+
+def test_a_tie_is_said_and_has_no_sign(tmp_path):
+    data, net = (torch.rand(20, 4), torch.randint(3, (20,))), nn.Linear(4, 3)
+    same = sum(pd.evaluate(pd.deterministic(net), data, name=name) for name in "ab")
+    text = plain_text(same.to_html(tmp_path).read_text())
+    assert "a - b clean mean_prob tie [-" in text and "+0.0" not in text
 
 
 def test_pairs_certificates_and_pictures_are_shown_when_given(tmp_path):

@@ -174,6 +174,9 @@ def test_the_table_names_what_to_do(digits):
     net, data = digits
     found = pd.checks.run(pd.deterministic(Changed(net, after=lambda z: z.softmax(-1))), *data, **QUICK)
     assert "logits" in found.table() and "return logits" in found.table()
+    skips = sum(check.verdict == "not applicable" for check in found)
+    assert skips and f"{len(list(found)) - skips} checks apply" in repr(found).splitlines()[0]
+    assert f", {skips} do not apply" in repr(found).splitlines()[0]
     with pytest.raises(ValueError, match="unknown check 'luck'; known: logits"):
         found["luck"]
 

@@ -9,7 +9,7 @@ from probdefense.checks import Check
 from probdefense.checks.results import Checks
 from probdefense.evaluation.report import Report, proportion
 from probdefense.study.job import Result
-from probdefense.study.wording import _ranges, lines
+from probdefense.study.wording import _best, _pair, _ranges, lines
 
 NAMES = ("none", "adv_bnn", "rse", "madry")
 ATTACKS = {"clean": 0.0, "eot_pgd": 0.2, "fgsm": 0.2, "square": 0.2, "suite": 0.2, "worst": 0.2}
@@ -72,7 +72,7 @@ checks, rse: 1 ok, 1 fired: gradient (defense masks)
 pairs under worst, in points; one training seed: about these networks, not these
   methods (training anew moves robust accuracy by points); give one report per
   seed
-  rse is highest; not told apart from none (+4.0)
+  no winner: rse is not told apart from none (+4.0)
 
 report.html has every pair and check; --verbose prints them here"""
 
@@ -111,6 +111,46 @@ def test_long_lists_are_for_those_who_ask():
     assert not any("attack without gradients" in line for line in short)
     below = [found[next(k for k, line in enumerate(found) if "budget" in line) :] for found in (short, whole)]
     assert len(below[0]) < 22 < len(below[1])
+
+
+def pairs(**accuracies):
+    """What is said of pairs under one attack, whose planted rates differ on examples of 1000."""
+    reports = []
+    for name, right in accuracies.items():
+        correct = (np.arange(1000) < right)[None]
+        row = {"defense": name, "attack": "worst", "eps": 0.2, "rule": "mean_prob", "draws": "none"}
+        arrays = {f"correct/{name}/worst/0.2/mean_prob": correct, f"ids/{name}": np.arange(1000)}
+        reports.append(Report([row | proportion(correct)], {}, arrays | {f"labels/{name}": np.zeros(1000)}))
+    return _best(pd.compare_all(sum(reports)).rows)
+
+
+def test_a_tie_is_said_as_a_tie_and_what_is_not_told_apart_has_no_winner():
+    assert pairs(none=0, rse=0) == ["  no winner: none and rse tie at 0.0"]
+    assert pairs(none=501, rse=504) == ["  no winner: rse is not told apart from none (+0.3)"]
+    assert pairs(none=504, rse=504, pni=503) == [
+        "  no winner: none and rse tie at 50.4; not told apart from pni (+0.1)"
+    ]
+    assert pairs(none=100, rse=600, pni=600) == ["  rse and pni tie at 60.0 and are above none (+50.0)"]
+    assert pairs(none=100, rse=601, pni=600) == [
+        "  rse is above none (+50.1); not told apart from pni (+0.1)"
+    ]
+
+
+def test_every_pair_says_a_tie_and_small_probabilities_as_what_they_are():
+    found = lines(result(("none", "rse", "pni"), certified=False), verbose=True)
+    assert any("P(none is better) = 0." in line for line in found)
+    row = {"a": "x", "b": "y", "difference": -0.0001, "low": -0.02, "high": 0.01}
+    assert _pair(row | {"probability": 1e-9, "p_holm": 1.0}) == (
+        "  x - y: tie [-2.0, 1.0], P(x is better) < 0.001, p > 0.999 (Holm)"
+    )
+
+
+def test_checks_that_do_not_apply_are_no_checks_that_ran():
+    found = result(("none",), certified=False)
+    skips = [Check(name, "not applicable", "nothing is random") for name in ("more draws", "lucky draw")]
+    found.checks["none"] = Checks((Check("logits", "ok", ""), Check("flat", "cannot tell", "more"), *skips))
+    said = lines(found, 120)
+    assert "checks, none: 1 ok, 0 fired, 1 cannot tell, 2 do not apply: flat (cannot tell)" in said
 
 
 def test_one_draw_is_no_draws():

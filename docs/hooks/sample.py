@@ -1,4 +1,9 @@
-"""The sample report: made by the command while the site is built, so that it is what the library says now."""
+"""The sample report: made by the command while the site is built, so that it is what the library says now.
+
+MkDocs takes it as a hook; for Zensical, which has none, ``python docs/hooks/sample.py FILE`` writes it.
+"""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -6,9 +11,10 @@ import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 COMMAND = ("compare", "--quick", "--defenses", "none,madry,rse")
 """As it stands on the page."""
@@ -16,6 +22,8 @@ COMMAND = ("compare", "--quick", "--defenses", "none,madry,rse")
 
 def on_files(files: Files, *, config: Any) -> Files:
     """MkDocs calls this with the files of the site."""
+    from mkdocs.structure.files import File
+
     files.append(File.generated(config, "assets/sample-report.html", content=_report()))
     return files
 
@@ -30,3 +38,7 @@ def _report() -> str:
         if made.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{made.stdout}{made.stderr}")
         return Path(folder, "report.html").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(_report(), encoding="utf-8")

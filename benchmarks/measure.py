@@ -20,7 +20,8 @@ class Benchmark(NamedTuple):
     """One row: what is measured, the ratio it should have, and how.
 
     ``make(device)`` gives variants to time, or numbers that were measured already, of which ``value`` is
-    compared with the target; a target is an upper bound, or with ``least`` a lower one.
+    compared with the target; a target is an upper bound, or with ``least`` a lower one. ``why`` says what
+    stands in the way of a target, and is shown where that is missed.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Benchmark(NamedTuple):
     rounds: int = 15
     least: bool = False
     group: str = "targets"
+    why: str = ""
 
 
 def benchmark(name: str, title: str, target: float | None = None, **settings: Any) -> Callable[[Any], Any]:
@@ -74,7 +76,7 @@ def run(one: Benchmark, device: torch.device, quick: bool = False) -> dict[str, 
     torch.manual_seed(0)
     made = one.make(device)
     result: dict[str, Any] = {"title": one.title, "target": one.target, "group": one.group}
-    result |= {"least": one.least, "device": str(device)}
+    result |= {"least": one.least, "device": str(device), "why": one.why}
     if "value" in made:
         return result | made
     times = timed(made, 2 if quick else one.rounds, device)

@@ -135,7 +135,9 @@ def _details(rows: dict[str, Any]) -> str:
     """The other variants, and what a number is made of."""
     lines = ["### Details", ""]
     for row in rows.values():
-        parts = [f"{n} {q[1]:.2f}x" for n, q in row.get("ratios", {}).items() if n != "ours"]
+        missed = _verdict(row["value"], row["target"], row["least"]).startswith("missed")
+        parts = [row["why"]] if missed and row.get("why") else []
+        parts += [f"{n} {q[1]:.2f}x" for n, q in row.get("ratios", {}).items() if n != "ours"]
         parts += [f"{n}: {v}" for n, v in row.get("about", {}).items() if n != "quartiles"]
         floor = row.get("milliseconds", {}).get("floor")
         parts += (

@@ -107,7 +107,14 @@ def svi_cnn(device: torch.device) -> Variants:
     return found | {"stock Pyro": stock_step(cnn().to(device), *batch((128, 1, 28, 28), device))}
 
 
-@benchmark("svi-tensors", "SVI step, 120 tensors, B=8 / per-tensor Adam", 0.6, rounds=25)
+@benchmark(
+    "svi-tensors",
+    "SVI step, 120 tensors, B=8 / per-tensor Adam",
+    0.6,
+    rounds=25,
+    why="the plain network with a fused optimizer alone costs nearly as much, and the same posterior by hand "
+    "more",
+)
 def svi_tensors(device: torch.device) -> Variants:
     x, y = batch((8, 8), device)
     found = steps(many_tensors, (8, 8), device)
@@ -118,17 +125,35 @@ def svi_tensors(device: torch.device) -> Variants:
     }
 
 
-@benchmark("svi-mlp", "SVI step, MLP 270k, B=64 / deterministic", 2.6, rounds=25)
+@benchmark(
+    "svi-mlp",
+    "SVI step, MLP 270k, B=64 / deterministic",
+    2.6,
+    rounds=25,
+    why="the step is bound by memory: twice the parameters, their normals and KL; by hand it costs more",
+)
 def svi_mlp(device: torch.device) -> Variants:
     return steps(mlp, (64, 1, 28, 28), device)
 
 
-@benchmark("svi-resnet18", "SVI step, ResNet-18 (11M), B=32 / deterministic", 1.2, rounds=3)
+@benchmark(
+    "svi-resnet18",
+    "SVI step, ResNet-18 (11M), B=32 / deterministic",
+    1.2,
+    rounds=3,
+    why="11 million normals and Adam on twice the parameters; by hand it costs more",
+)
 def svi_resnet18(device: torch.device) -> Variants:
     return steps(pd.models.resnet18, (32, 3, 32, 32), device)
 
 
-@benchmark("rse-resnet20", "RSE step, ResNet-20, B=64 / deterministic", 1.2, rounds=5)
+@benchmark(
+    "rse-resnet20",
+    "RSE step, ResNet-20, B=64 / deterministic",
+    1.2,
+    rounds=9,
+    why="one normal number for every activation before a convolution costs more than that alone",
+)
 def rse_resnet20(device: torch.device) -> Variants:
     x, y = batch((64, 3, 32, 32), device)
     defense = pd.defenses.rse(pd.models.resnet20().to(device))

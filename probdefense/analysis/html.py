@@ -104,7 +104,7 @@ def write_html(
     report, by_name = ranked(report), _by_name(report, checks, Checks, "checks")
     certificates = _by_name(report, certificate, Certificate, "certificate")
     details = [
-        *compared(comparison, report.defenses),
+        *compared(comparison, report),
         certified(certificates, report),
         checked(by_name, fired=True),
         checked(by_name, fired=False),
@@ -159,7 +159,8 @@ def _by_name(report: Report, given: Any, kind: type, name: str) -> dict[str, Any
     if not isinstance(given, kind):
         way = f"give one {kind.__name__}, or a dict of them by the names of the defenses"
         check_kind(name, {} if given is None else given, Mapping, way)
-        return dict(given or {})
+        order = [*(each for each in report.defenses if each in (given or {})), *(given or {})]
+        return {each: given[each] for each in order}
     if len(report.defenses) != 1:
         raise ValueError(
             f"expected {name} by defense, got one for {len(report.defenses)} defenses; give a dict of them"

@@ -4,6 +4,7 @@ Without ``ax=`` a new figure is made with pyplot. Shares are in percent, radii i
 nats; intervals are those of the report.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -339,10 +340,10 @@ def shared_attacks(report: Report) -> list[str]:
     return sorted(set.intersection(*found) & set(names), key=[*names].index)
 
 
-def norm_name(report: Report) -> str:
-    """How the norm of a report is written."""
-    norm = str(report.settings.get("norm", "inf"))
-    return "l-inf" if norm == "inf" else f"L{norm}"
+def norm_name(of: Report | float) -> str:
+    """How a norm, or that of a report, is written."""
+    norm = of.settings.get("norm", "inf") if isinstance(of, Report) else of
+    return "l-inf" if float(norm) == math.inf else f"L{float(norm):g}"
 
 
 def _percent_and_interval(row: Row) -> str:

@@ -10,7 +10,7 @@ from probdefense.evaluation.certification import Certificate
 from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.exports import per_image, told_apart
 from probdefense.evaluation.report import Report, Row
-from probdefense.tables import points
+from probdefense.tables import listed, points
 
 SMALLEST = 0.001
 """Probabilities below are not told apart."""
@@ -72,10 +72,7 @@ def ranked(report: Report) -> Report:
 
 def accuracies(report: Report) -> Table:
     """Every accuracy with its interval: a line per defense and rule, a column per attack and radius."""
-    places = list(dict.fromkeys((row["attack"], row["eps"]) for row in report.rows))
-    places.sort(key=lambda place: (place[1] > 0, -place[1], place[0] != "worst"))
-    several = len({eps for _, eps in places if eps > 0}) > 1
-    columns = [f"{attack} {eps:g}" if several and eps > 0 else attack for attack, eps in places]
+    places = columns_of(report)
     lines: dict[tuple[str, str], dict[tuple[str, float], Row]] = {}
     for row in told_apart(report.rows):
         lines.setdefault((row["defense"], row["rule"]), {})[row["attack"], row["eps"]] = row
@@ -83,7 +80,15 @@ def accuracies(report: Report) -> Table:
         [Cell(defense), Cell(rule), *(share(found.get(place)) for place in places)]
         for (defense, rule), found in lines.items()
     ]
-    return Table("Accuracy", "In %, with 95 % intervals.", ["defense", "rule", *columns], rows)
+    return Table("Accuracy", "In %, with 95 % intervals.", ["defense", "rule", *places.values()], rows)
+
+
+def columns_of(report: Report) -> dict[tuple[str, float], str]:
+    """The columns of a table by attack and radius: clean, then the worst case, the largest radius first."""
+    places = list(dict.fromkeys((row["attack"], row["eps"]) for row in report.rows))
+    places.sort(key=lambda place: (place[1] > 0, -place[1], place[0] != "worst"))
+    several = len({eps for _, eps in places if eps > 0}) > 1
+    return {(name, eps): f"{name} {eps:g}" if several and eps > 0 else name for name, eps in places}
 
 
 def spent(report: Report) -> Table | None:
@@ -105,21 +110,35 @@ def spent(report: Report) -> Table | None:
     return Table("What the attacks spent", about, columns, rows, folded=True) if rows else None
 
 
-def compared(comparison: Comparison | None, order: Sequence[str]) -> list[Table]:
+def unequal(report: Report) -> str:
+    """What to say where the worst case is not of the same attacks for every defense; else empty."""
+    reach = radius_of(report)
+    ran: dict[str, list[str]] = {name: [] for name in report.defenses}
+    for row in report.rows:
+        if row["eps"] == reach and row["attack"] not in ("clean", "worst", *ran[row["defense"]]):
+            ran[row["defense"]].append(row["attack"])
+    if len({frozenset(names) for names in ran.values()}) == 1:
+        return ""
+    told = "; ".join(f"{name} {listed(names) if names else 'none'}" for name, names in ran.items())
+    return f"the worst case is not of the same attacks ({told}), so it does not compare the defenses"
+
+
+def compared(comparison: Comparison | None, report: Report) -> list[Table]:
     """Differences as bars, under the worst case and on clean images apart; all of many are folded.
 
-    The first of a pair is the one that stands first in `order`, so that pairs follow the page.
+    The first of a pair is the one that stands first in the report, so that pairs follow the page.
     """
     if comparison is None:
         return []
     reach = max(row["eps"] for row in comparison.rows)
-    shown = _in_order([row for row in comparison.rows if row["eps"] in (0.0, reach)], order)
+    shown = _in_order([row for row in comparison.rows if row["eps"] in (0.0, reach)], report.defenses)
     kept = [row for row in shown if row["attack"] in ("clean", "worst")] or shown
     groups = [[r for r in kept if r["attack"] != "clean"], [r for r in kept if r["attack"] == "clean"]]
     caption = (
         f"Percentage points; {comparison.scope}. A line that crosses the middle is no difference that these "
         "images and draws can show."
     )
+    caption += f" Beware: {note}." if (note := unequal(report)) else ""
     tables: list[Table] = []
     for group in filter(None, groups):
         few = group if len(group) <= MANY else _with_best(group)

@@ -1,5 +1,6 @@
 """The commands for what a user brings along: ``evaluate``, ``certify`` and ``report``."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,7 +55,7 @@ def evaluate(
     the folder journal: killed and run again, the command goes on, and writes the same bytes.
     """
     from probdefense.evaluation.fingerprint import fingerprint
-    from probdefense.study import findings, judgement
+    from probdefense.study import console, findings, judgement, wording
     from probdefense.validation import check_count, check_member
 
     asked = judgement.Asked(target, weights, data, data_root, images, chunk_size, device, seed, name)
@@ -71,11 +72,11 @@ def evaluate(
         chosen = judgement.attacks_named(_names(attacks), ready, power)
     with _refusing("TARGET"):
         fingerprint(ready.target.logits_fn, ready.target.name)  # which the journal needs
-    with _writing(out, "--attacks"):
+    with _writing(out, "--attacks"), _telling(out / "journal", ready.first):
         report = judgement.evaluated(ready, chosen, power, radii, num_samples, out / "journal")
     if ready.first:
-        columns = ("defense", "attack", "eps", "rule", "accuracy", "low", "high")
-        _finish(out, report.table(columns), lambda: findings.write_report(report, out))
+        said = wording.judged(report, None, None, console.width())
+        _finish(out, "\n".join(said), lambda: findings.write_report(report, out))
 
 
 def certify(
@@ -111,8 +112,9 @@ def certify(
     with _refusing("TARGET"):
         ready = judgement.prepare(asked)
         smoothing_scale(ready.target.logits_fn)
-    with _writing(out, "TARGET"):
-        found, y = judgement.certified(ready, n0, num_draws, alpha, out / "journal-certify")
+    journal = out / "journal-certify"
+    with _writing(out, "TARGET"), _telling(journal, ready.first):
+        found, y = judgement.certified(ready, n0, num_draws, alpha, journal)
     if ready.first:
         table = found.table(y, [step * found.sigma for step in findings.STEPS])
         about = {**ready.about, "n0": n0, "num_draws": num_draws, "seed": seed}
@@ -130,12 +132,13 @@ def report(
     Several folders: every pair of defenses is compared; folders of the same defenses are seeds of their
     training, joined as replicates.
     """
-    from probdefense.study import findings
+    from probdefense.study import console, findings, wording
 
     place = out or (folders[0] if len(folders) == 1 else Path("out"))
     with _refusing("DIR"):
         drawn = findings.redrawn(folders)
-    _finish(place, drawn.table, lambda: findings.write_drawn(drawn, place))
+    said = wording.judged(drawn.report, drawn.comparison, drawn.checks, console.width())
+    _finish(place, "\n".join(said), lambda: findings.write_drawn(drawn, place))
 
 
 def _names(text: str) -> list[str]:
@@ -168,6 +171,18 @@ def _writing(out: Path, option: str) -> Iterator[None]:
                 out.rmdir()
         hint = "--out" if str(out / "journal") in str(error) else option
         raise typer.BadParameter(str(error), param_hint=hint) from error
+
+
+@contextmanager
+def _telling(journal: Path, first: bool) -> Iterator[None]:
+    """Says at the end, in one line, how much of the work inside a journal had already."""
+    before = len(list(journal.glob("*.npz")))
+    yield
+    if not (before and first):
+        return
+    parts = len(list(journal.glob("*.npz")))
+    said = f"all {parts} parts; nothing ran again" if before == parts else f"{before} of {parts} parts"
+    print(f"finished before, in {journal}: {said}", file=sys.stderr, flush=True)
 
 
 def _finish(out: Path, table: str, write: Callable[[], list[str]]) -> None:

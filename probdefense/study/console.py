@@ -55,5 +55,9 @@ def _still() -> None:
 
 def show(result: Result, verbose: bool = False) -> None:
     """Prints a result for people; with `verbose` every pair, note and piece of advice."""
-    columns = shutil.get_terminal_size((NARROW, 24)).columns
-    print("\n".join(wording.lines(result, min(max(columns, NARROW), WIDE), verbose)))
+    print("\n".join(wording.lines(result, width(), verbose)))
+
+
+def width() -> int:
+    """How wide the text is."""
+    return min(max(shutil.get_terminal_size((NARROW, 24)).columns, NARROW), WIDE)

@@ -62,11 +62,6 @@ class Drawn(NamedTuple):
     comparison: Comparison | None
     checks: dict[str, Checks] | None = None
 
-    @property
-    def table(self) -> str:
-        """The report and the pairs as text."""
-        return "\n\n".join(part.table() for part in (self.report, self.comparison) if part is not None)
-
 
 def redrawn(folders: Sequence[Path]) -> Drawn:
     """What was saved in one folder or several.

@@ -2,19 +2,23 @@
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from probdefense.analysis.sections import chance
+from probdefense.analysis.plots import norm_name
+from probdefense.analysis.sections import chance, columns_of, radius_of, ranked, unequal
 from probdefense.checks.results import Checks, unapplied
+from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.exports import told_apart
-from probdefense.evaluation.report import Row
+from probdefense.evaluation.report import Report, Row
 from probdefense.study.job import Result
 from probdefense.study.opponents import OTHER_NORMS
 from probdefense.study.request import JUDGE
 from probdefense.tables import format_table, listed, points
 
 HELD = "\N{NO-BREAK SPACE}"
+
+POINTER = "report.html has every pair and check"
 
 LEVEL = 0.05
 """Below this adjusted p-value two defenses are told apart."""
@@ -28,12 +32,25 @@ def lines(result: Result, width: int = 80, verbose: bool = False) -> list[str]:
         width: Characters of a line.
         verbose: Whether every pair, note and piece of advice is said, and not only counted.
     """
-    rows = result.report.rows
+    report, rows = result.report, result.report.rows
     notes = [*_budget(result), _spent(rows), *_certificates(result)]
     notes += [*_other_norms(rows), *_priors(rows)] if verbose else []
-    checks, pairs = _checks(result, verbose), _pairs(result, verbose)
-    pointer = [] if verbose else ["report.html has every pair and check; --verbose prints them here"]
-    groups = [_accuracies(result, width), notes, checks, pairs, pointer]
+    checks, pairs = _checks(result.checks, report, verbose), _pairs(result.comparison, report, verbose)
+    pointer = [] if verbose else [f"{POINTER}; --verbose prints them here"]
+    return _laid([_accuracies(report, width, _certified(result)), notes, checks, pairs, pointer], width)
+
+
+def judged(
+    report: Report, comparison: Comparison | None, checks: Mapping[str, Checks] | None, width: int = 80
+) -> list[str]:
+    """The same of what ``evaluate`` and ``report`` have: accuracies, what they cost, checks and pairs."""
+    said, pairs = _checks(checks or {}, report, verbose=False), _pairs(comparison, report, verbose=False)
+    pointer = [POINTER] if said or pairs else []
+    return _laid([_accuracies(report, width, {}), [_spent(report.rows)], said, pairs, pointer], width)
+
+
+def _laid(groups: Iterable[list[str]], width: int) -> list[str]:
+    """Groups of lines with space between; all but the first, which is tables, are wrapped."""
     found: list[str] = []
     for number, group in enumerate(each for each in groups if each):
         found += [""] if number else []
@@ -51,23 +68,21 @@ def _wrapped(line: str, width: int) -> list[str]:
     return [each.replace(HELD, " ") for each in found]
 
 
-def _accuracies(result: Result, width: int) -> list[str]:
-    """Tables of a line per defense and rule, as many attacks in each as fit; what nobody has is left out."""
-    rows, radius = told_apart(result.report.rows), result.report.settings["eps"]
-    certified = f"certified, L2 {radius:g}"
+def _accuracies(report: Report, width: int, certified: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Tables of a line per defense and rule, as many columns in each as fit, in the order of the page.
+
+    What nobody has is left out. `certified` are further cells of a defense, by column.
+    """
+    rows, names = told_apart(ranked(report).rows), columns_of(report)
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        line = cells.setdefault(
-            (row["defense"], row["rule"]), {"defense": row["defense"], "rule": row["rule"]}
-        )
-        line[row["attack"]] = _share(row)
-    for name, certificate in result.certificates.items():
-        y = result.test[1][: len(certificate.label)]
-        first = next(line for (defense, _), line in cells.items() if defense == name)
-        first[certified] = _share(certificate.curve(y, [radius])[0])
-    attacks = list(dict.fromkeys(row["attack"] for row in rows))
-    columns = [*attacks, *([certified] if result.certificates else [])]
-    text = [_title(rows)]
+        place = row["defense"], row["rule"]
+        line = cells.setdefault(place, dict(zip(("defense", "rule"), place, strict=True)))
+        line[names[row["attack"], row["eps"]]] = _share(row)
+    for name, more in certified.items():
+        next(line for (defense, _), line in cells.items() if defense == name).update(more)
+    columns = [*names.values(), *dict.fromkeys(column for more in certified.values() for column in more)]
+    text = _wrapped(_title(report), width)
     while columns:
         taken = next(
             n for n in range(len(columns), 0, -1) if n == 1 or _width(cells.values(), columns[:n]) <= width
@@ -87,10 +102,26 @@ def _width(cells: Iterable[dict[str, Any]], columns: list[str]) -> int:
     return max(map(len, _table(cells, columns).splitlines()))
 
 
-def _title(rows: list[Row]) -> str:
-    if count := rows[0].get("num_seeds"):
-        return f"mean accuracy over {count} seeds in %, its deviation between seeds and its 95 % interval"
-    return "accuracy in % and its 95 % interval"
+def _certified(result: Result) -> dict[str, dict[str, str]]:
+    """Certified accuracy at the radius of the attacks, by defense and column."""
+    radius = radius_of(result.report)
+    found = {}
+    for name, certificate in result.certificates.items():
+        y = result.test[1][: len(certificate.label)]
+        column = f"certified, {norm_name(certificate.norm)} {radius:g}"
+        found[name] = {column: _share(certificate.curve(y, [radius])[0])}
+    return found
+
+
+def _title(report: Report) -> str:
+    """What the numbers are, under what, and of how many images."""
+    title = "accuracy in % and its 95 % interval"
+    if count := report.rows[0].get("num_seeds"):
+        title = f"mean accuracy over {count} seeds in %, its deviation between seeds and its 95 % interval"
+    radii = [f"{radius:g}" for radius in sorted({row["eps"] for row in report.rows} - {0})]
+    threat = f"{norm_name(report)} {'radii' if radii[1:] else 'radius'} {listed(radii)}, " if radii else ""
+    counts = sorted({row["num_examples"] for row in report.rows})
+    return f"{title}; {threat}{' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} images"
 
 
 def _share(row: Row) -> str:
@@ -116,12 +147,14 @@ def _ranges(attack: str, costs: list[tuple[str, float, int]]) -> str:
     for kind, cost, draws in costs:
         suffix = "" if attack == JUDGE else f" ({draws} draw{'s' * (draws != 1)} per call)"
         groups.setdefault((kind, suffix), []).append(round(cost))
-    return ", ".join(
-        f"{min(found)} to {max(found)} {kind}{suffix}"
-        if min(found) < max(found)
-        else f"{found[0]} {kind}{suffix}"
-        for (kind, suffix), found in groups.items()
-    )
+    return ", ".join(f"{_range(found, kind)}{suffix}" for (kind, suffix), found in groups.items())
+
+
+def _range(found: list[float], kind: str) -> str:
+    """The smallest and the largest count, or the one."""
+    low, high = min(found), max(found)
+    one = {"gradients": "gradient", "queries": "query"}[kind]
+    return f"{low} to {high} {kind}" if low < high else f"{low} {one if low == 1 else kind}"
 
 
 def _budget(result: Result) -> list[str]:
@@ -148,24 +181,27 @@ def _priors(rows: Iterable[Row]) -> Iterable[str]:
 
 def _certificates(result: Result) -> list[str]:
     """What certificates are about, in one line where they were made alike."""
-    draws = result.report.settings["num_samples"]
+    draws, attacked = result.report.settings["num_samples"], norm_name(result.report)
     about: dict[str, list[str]] = {}
     for name, found in result.certificates.items():
         text = f"input noise {found.sigma:g}, alpha {found.alpha:g}, {len(found.label)} images"
+        if norm_name(found.norm) != attacked:
+            text += f"; {norm_name(found.norm)} is another ball than the one attacked"
         about.setdefault(text, []).append(name)
     return [
-        f"certificate, {', '.join(names)}: of the infinite vote, not of {draws} draws; {text}; L2 is another "
-        "ball than the one attacked"
+        f"certificate, {', '.join(names)}: of the infinite vote, not of {draws} draws; {text}"
         for text, names in about.items()
     ]
 
 
-def _checks(result: Result, verbose: bool) -> list[str]:
-    """One line per defense; what fired and cannot tell, with advice if asked for."""
-    asked = result.report.settings
+def _checks(checks: Mapping[str, Checks], report: Report, verbose: bool) -> list[str]:
+    """One line per defense, in the order of the page; what fired and cannot tell, with advice if asked."""
+    if not checks:
+        return []
+    asked = report.settings
     budget = f"{asked['checked']} images, {asked['check_gradients']} gradients per image"
-    said = [f"checks at {budget}, which is little; checks.run takes more"] if result.checks else []
-    for name, found in result.checks.items():
+    said = [f"checks at {budget}, which is little; checks.run takes more"]
+    for name, found in ((name, checks[name]) for name in ranked(report).defenses if name in checks):
         doubts = [*found.fired, *found.unsure]
         names = ", ".join(f"{check.name} ({check.verdict})" for check in doubts)
         said.append(f"checks, {name}: {_counts(found)}{f': {names}' if doubts and not verbose else ''}")
@@ -184,14 +220,15 @@ def _counts(found: Checks) -> str:
     return ", ".join(filter(None, said))
 
 
-def _pairs(result: Result, verbose: bool) -> list[str]:
+def _pairs(comparison: Comparison | None, report: Report, verbose: bool) -> list[str]:
     """Differences under the worst case, in percentage points: to the best defense, or all of them."""
-    if result.comparison is None:
+    if comparison is None:
         return []
-    rows = result.comparison.rows
+    rows = comparison.rows
     hardest = "worst" if any(row["attack"] == "worst" for row in rows) else rows[-1]["attack"]
     rows = [row for row in rows if row["attack"] == hardest]
-    title = f"pairs under {hardest}, in points; {result.comparison.scope}"
+    title = f"pairs under {hardest}, in points; {comparison.scope}"
+    title += f"; {unequal(report)}" if hardest == "worst" and unequal(report) else ""
     if verbose:
         return [title, *map(_pair, rows)]
     counts = dict.fromkeys(row["num_examples"] for row in rows)
@@ -213,7 +250,7 @@ def _chance(value: float) -> str:
 
 
 def _best(rows: list[Row]) -> list[str]:
-    """Who has the most among those that saw the same images, and what is below; no winner without a difference."""
+    """Who has the most among those that saw the same images; no winner without a difference that is told."""
     accuracy = {row[side]: row[f"accuracy_{side}"] for row in rows for side in "ab"}
     most = max(accuracy.values())
     first = [name for name in accuracy if points(accuracy[name] - most) == "tie"]

@@ -86,7 +86,8 @@ def test_evaluate_takes_whatever_answers(name, file, monkeypatch, tmp_path, caps
     assert {(row["defense"], row["num_examples"]) for row in rows(out)} == {(name, 24)}
     written = {"arrays.npz", "journal", "report.html", "report.json", "robustness.png", "timing.json"}
     assert {path.name for path in out.iterdir()} == written
-    assert name in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert name in printed.out and printed.err == ""
     settings = pd.Report.load(out).settings
     assert (settings["data"], settings["chunk_size"], settings["num_samples"]) == ("digits", 256, 4)
 
@@ -162,14 +163,17 @@ def test_certify_writes_radii_and_renews_the_page(saved, monkeypatch, tmp_path, 
     assert "each certificate false with probability at most 0.01" in capsys.readouterr().out
 
 
-def test_report_makes_the_page_anew(saved, monkeypatch, tmp_path):
+def test_report_makes_the_page_anew(saved, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(monkeypatch, "evaluate", str(saved), *FAST, "--out", str(out)) == 0
     pages = [out / "report.html", out / "robustness.png"]
-    before = [page.read_bytes() for page in pages]
+    before, table = [page.read_bytes() for page in pages], capsys.readouterr().out.partition("wrote")[0]
     for page in pages:
         page.unlink()
     assert run(monkeypatch, "report", str(out)) == 0
+    assert capsys.readouterr().out.partition("wrote")[0] == table, "one table in both"
+    assert max(map(len, table.splitlines())) <= 80 and "l-inf radius 0.2, 24 images" in table
+    assert "fgsm 16 gradients (16 draws per call)" in table
     assert [page.read_bytes() for page in pages] == before
 
 

@@ -319,6 +319,12 @@ def test_a_full_disk_keeps_what_is_finished(asked, result, place, monkeypatch, c
     assert len(kept) == 2 and not (place / "out" / result).exists()
     assert run(monkeypatch, *asked) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "nothing was done twice"
+    (journal_,) = place.glob("out/journal*")
+    parts = len(list(journal_.glob("*.npz")))
+    said = f"finished before, in {journal_.relative_to(place)}: "
+    assert capsys.readouterr().err == f"{said}2 of {parts} parts\n"
+    assert run(monkeypatch, *asked) == 0
+    assert capsys.readouterr().err == f"{said}all {parts} parts; nothing ran again\n"
     assert json.loads((place / "out" / result).read_text())
 
 

@@ -1,5 +1,7 @@
 """What the command prints fits 80 columns, says a number once, and keeps the long lists for those who ask."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from probdefense.checks import Check
 from probdefense.checks.results import Checks
 from probdefense.evaluation.report import Report, proportion
 from probdefense.study.job import Result
-from probdefense.study.wording import _best, _pair, _ranges, lines
+from probdefense.study.wording import _best, _pair, _ranges, judged, lines
 
 NAMES = ("none", "adv_bnn", "rse", "madry")
 ATTACKS = {"clean": 0.0, "eot_pgd": 0.2, "fgsm": 0.2, "square": 0.2, "suite": 0.2, "worst": 0.2}
@@ -52,13 +54,13 @@ def result(names=NAMES, certified=True, **options):
 
 
 GOLDEN = """\
-accuracy in % and its 95 % interval
+accuracy in % and its 95 % interval; l-inf radius 0.2, 100 images
 
-defense  rule         clean           eot_pgd        worst
-----------------------------------------------------------
-none     mean_prob    95.0 [89, 98]   83.0 [74, 89]  71.0 [61, 79]
-rse      mean_prob    99.0 [95, 100]  87.0 [79, 92]  75.0 [66, 82]
-rse      single_draw  98.0 [93, 99]   86.0 [78, 91]  74.0 [65, 82]
+defense  rule         clean           worst          eot_pgd
+------------------------------------------------------------
+rse      mean_prob    99.0 [95, 100]  75.0 [66, 82]  87.0 [79, 92]
+rse      single_draw  98.0 [93, 99]   74.0 [65, 82]  86.0 [78, 91]
+none     mean_prob    95.0 [89, 98]   71.0 [61, 79]  83.0 [74, 89]
 
 budget: 3 epochs, 64 gradients per image and attack,
   at most 1000 evaluations for the suite: so that it ends in minutes
@@ -66,8 +68,8 @@ spent per image: eot_pgd 64 gradients (4 draws per call)
 
 checks at 50 images, 16 gradients per image, which is little; checks.run takes
   more
-checks, none: 1 ok, 1 fired: gradient (defense masks)
 checks, rse: 1 ok, 1 fired: gradient (defense masks)
+checks, none: 1 ok, 1 fired: gradient (defense masks)
 
 pairs under worst, in points; one training seed: about these networks, not these
   methods (training anew moves robust accuracy by points); give one report per
@@ -111,6 +113,31 @@ def test_long_lists_are_for_those_who_ask():
     assert not any("attack without gradients" in line for line in short)
     below = [found[next(k for k, line in enumerate(found) if "budget" in line) :] for found in (short, whole)]
     assert len(below[0]) < 22 < len(below[1])
+
+
+def test_one_gradient_is_no_gradients():
+    assert _ranges("fgsm", [("gradients", 1.0, 1), ("queries", 1.0, 4), ("queries", 2.0, 4)]) == (
+        "1 gradient (1 draw per call), 1 to 2 queries (4 draws per call)"
+    )
+
+
+def test_several_radii_have_columns_of_their_own_and_the_norm_is_named():
+    found = result(("none", "rse"), attacks=("clean", "fgsm"))
+    extra = [row | {"eps": 0.1} for row in found.report.rows if row["attack"] == "fgsm"]
+    report = Report(found.report.rows + extra, {**found.report.settings, "norm": "2"}, found.report.arrays)
+    said = judged(report, None, None)
+    assert said[0] == "accuracy in % and its 95 % interval; L2 radii 0.1 and 0.2, 100 images"
+    assert said[2].split() == ["defense", "rule", "clean", "fgsm", "0.2", "fgsm", "0.1"]
+    assert "another ball" not in " ".join(lines(replace(found, report=report)))
+    assert "L2 is another ball than the one attacked" in " ".join(" ".join(lines(found)).split())
+
+
+def test_worst_cases_of_other_attacks_are_not_compared_in_silence():
+    whole, part = planted(("rse",)), planted(("none",), attacks=("clean", "eot_pgd", "worst"))
+    both = whole + part
+    said = " ".join(" ".join(judged(both, pd.compare_all(both, rule="mean_prob"), None)).split())
+    assert "not of the same attacks (rse eot_pgd, fgsm, square and suite; none eot_pgd)" in said
+    assert "not of the same attacks" not in " ".join(lines(result()))
 
 
 def pairs(**accuracies):

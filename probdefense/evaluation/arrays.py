@@ -4,6 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+AXES = {"correct": ("verdict", "example"), "log_probs": ("example", "class")}
+"""Names of the axes of an array by its kind; of every other kind there is one number per example."""
+
 
 class Arrays(dict[str, np.ndarray]):
     """Arrays by key ``kind/defense[/attack[/eps[/rule]]]``; a radius is written with all its digits.
@@ -41,6 +44,10 @@ class Arrays(dict[str, np.ndarray]):
         """Labels and numbers of the examples that a defense saw, ``(2, batch)``, or those that are kept."""
         kept = [self.get(self.key(kind, defense)) for kind in ("labels", "ids")]
         return np.array([each for each in kept if each is not None])
+
+    def dims(self) -> dict[str, list[str]]:
+        """The names of the axes of every array, by key."""
+        return {key: [*AXES.get(key.partition("/")[0], ("example",))] for key in self}
 
     def only(self, defense: str) -> "Arrays":
         """The arrays of one defense."""

@@ -28,6 +28,9 @@ Row = dict[str, Any]
 SEAL = "report.json"
 """Under this name the saved arrays hold the hash of themselves and of the rows that they belong to."""
 
+DIMS = "dims.json"
+"""Under this name they hold JSON whose ``dims`` are the names of the axes of every array, by key."""
+
 
 @dataclass(repr=False)
 class Report(Exports):
@@ -238,7 +241,8 @@ class Report(Exports):
         """Writes ``arrays.npz``, ``timing.json`` and ``report.json`` into a folder, made if needed.
 
         Each file is written beside its place and moved there whole; other files stay. The arrays carry a
-        hash of the rows, so a set that was cut short is found by `load`.
+        hash of the rows, so a set that was cut short is found by `load`, and under ``dims.json`` the names
+        of their axes.
 
         Raises:
             OSError: the folder cannot be written.
@@ -247,8 +251,10 @@ class Report(Exports):
         folder.mkdir(parents=True, exist_ok=True)
         content = {"version": self.VERSION, "settings": self.settings, "rows": self.rows}
         text = json.dumps(content, indent=2, sort_keys=False) + "\n"
+        dims = json.dumps({"version": self.VERSION, "dims": self.arrays.dims()})
+        about = {SEAL: _sealed(text, self.arrays), DIMS: np.array(dims)}
         with whole(folder / "arrays.npz") as place, place.open("wb") as file:
-            np.savez_compressed(file, **self.arrays, **{SEAL: _sealed(text, self.arrays)})  # type: ignore[arg-type]
+            np.savez_compressed(file, **self.arrays, **about)  # type: ignore[arg-type]
         with whole(folder / "timing.json") as place:
             place.write_text(json.dumps(self.timing, indent=2) + "\n")
         with whole(folder / "report.json") as place:
@@ -289,7 +295,7 @@ def _read(folder: Path) -> tuple[str, Arrays, dict[str, float]]:
     try:
         text = (folder / "report.json").read_text()
         with np.load(folder / "arrays.npz") as arrays:
-            kept = Arrays({name: arrays[name] for name in arrays.files})
+            kept = Arrays({name: arrays[name] for name in arrays.files if name != DIMS})
         if "version" not in json.loads(text):
             raise ValueError("no version")
         return text, kept, json.loads((folder / "timing.json").read_text())

@@ -73,6 +73,20 @@ def test_the_same_numbers_are_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_saved_arrays_name_their_axes(tmp_path):
+    attacks = {"fgsm": pd.attacks.fgsm, "ddn": pd.attacks.ddn}
+    made = pd.evaluate(defended("rse"), tiny_batch(5), attacks, eps=0.1, num_samples=3)
+    made.save(tmp_path)
+    sizes = {"example": 5, "class": 3}
+    with np.load(tmp_path / "arrays.npz") as kept:
+        dims = json.loads(str(kept["dims.json"]))["dims"]
+        assert dims.keys() == set(kept.files) - {"report.json", "dims.json"} == made.arrays.keys()
+        for key, axes in dims.items():
+            verdicts = 1 if key.endswith("mean_prob") else 3
+            assert kept[key].shape == tuple((sizes | {"verdict": verdicts})[axis] for axis in axes), key
+    assert pd.Report.load(tmp_path).arrays.keys() == made.arrays.keys()
+
+
 def test_a_file_is_whole_or_absent(tmp_path):
     with whole(tmp_path / "a.txt") as place:
         place.write_text("a")

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import difflib
 import errno
 import hashlib
 import os
@@ -62,6 +63,38 @@ def reserve(folder: Path, size: int) -> None:
             with suppress(OSError):  # it was not made, or another process has put something there
                 place.rmdir()
         raise
+
+
+def nearest(path: Path) -> str:
+    """``"; did you mean FILE?"`` for the file of the same folder whose name is most like it; else empty.
+
+    Examples:
+        >>> nearest(Path("nowhere") / "net.pt")
+        ''
+    """
+    beside = sorted(each.name for each in path.parent.iterdir()) if path.parent.is_dir() else []
+    files = [name for name in beside if (path.parent / name).is_file()]
+    like = difflib.get_close_matches(path.name, files, 1) or [n for n in files if Path(n).stem == path.name]
+    return f"; did you mean {path.with_name(like[0])}?" if like and path.name else ""
+
+
+def check_file(path: Path, what: str) -> None:
+    """Refuses a path where there is no file to read, with what is there or what is nearest.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a folder is.
+
+    Examples:
+        >>> check_file(Path("nowhere/net.pt"), "trained weights")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: expected trained weights in nowhere/net.pt, got nothing: No such file
+    """
+    if path.is_dir():
+        raise ValueError(f"expected {what} in a file, got the folder {path}; give a file in it")
+    if not path.exists():
+        raise FileNotFoundError(f"expected {what} in {path}, got nothing: No such file{nearest(path)}")
 
 
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -1,11 +1,15 @@
 """Names in Python files of the user's: ``FILE.py:NAME``."""
 
+import difflib
 import hashlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from probdefense.files import nearest
 
 FILES: dict[str, Path] = {}
 """The files that were run, by the names of their modules, in that order: what another process needs."""
@@ -32,9 +36,11 @@ def named(where: str) -> Any:
     file, _, name = where.rpartition(":")
     module = run_file(Path(file))
     if not name.isidentifier() or not hasattr(module, name):
-        known = [each for each in vars(module) if not each.startswith("_")]
+        known = own_names(module)
+        near = difflib.get_close_matches(name, [each for each in vars(module) if each[0] != "_"], 1)
         raise ValueError(
-            f"expected {name!r} in {file}, got a file of {', '.join(known[:20]) or 'nothing'}; name one"
+            f"expected {name!r} in {file}, got a file of {', '.join(known[:20]) or 'nothing'}; "
+            + (f"did you mean {near[0]}?" if near else "name one")
         )
     found = getattr(module, name)
     if not callable(found) or hasattr(found, "__getitem__"):
@@ -47,6 +53,22 @@ def named(where: str) -> Any:
         ) from error
 
 
+def own_names(module: ModuleType) -> list[str]:
+    """The names of a file in its order, without what it imports."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and (getattr(value, "__module__", None) == module.__name__ or not _has_home(value))
+    ]
+
+
+def _has_home(value: Any) -> bool:
+    """Whether a value is a function or class, and so knows the file that it comes from."""
+    return inspect.isroutine(value) or inspect.isclass(value)
+
+
 def run_file(path: Path) -> ModuleType:
     """The module of a file, run once and kept under a name of its own, so that its classes can be pickled.
 
@@ -54,7 +76,9 @@ def run_file(path: Path) -> ModuleType:
         ValueError: no such file, or it raises something; says what.
     """
     if not path.is_file():
-        raise ValueError(f"expected a Python file at {path}, got none; give it as FILE.py:NAME")
+        raise ValueError(
+            f"expected a Python file at {path}, got none; give it as FILE.py:NAME{nearest(path)}"
+        )
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()  # the same in every process
     name = f"probdefense_file_{path.stem}_{digest[:16]}"
     if name in sys.modules:

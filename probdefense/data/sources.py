@@ -68,7 +68,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None) -> Split:
         return _folders(Path(name.removeprefix("folder:")))
     if isinstance(name, str) and ".py:" in name:
         return _made(name)
-    check_member("data set", name, SOURCES)
+    check_member("data set", name, [*SOURCES, "folder:PATH", "your FILE.py:NAME"])
     if name in BUNDLED:
         return BUNDLED[name]()
     root = root or os.environ.get("PROBDEFENSE_DATA")

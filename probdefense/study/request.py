@@ -146,7 +146,7 @@ def prepare(request: Request) -> tuple[Request, Split]:
             check_settings(shot.of, shot.arguments)
     with naming("--data"):
         if not isinstance(request.data, str) or not _own(request.data):
-            check_member("data set", request.data, datasets.SOURCES)
+            check_member("data set", request.data, [*datasets.SOURCES, "folder:PATH", "your FILE.py:NAME"])
     with naming("--device"):
         device_of(request.device)
     _check_numbers(request)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from probdefense.checks.comparisons import FEWEST_QUERIES
+from probdefense.files import check_file
 from probdefense.study import plugins
 from probdefense.study.keys import check_keys, check_values
 from probdefense.study.plans import Plan
@@ -48,6 +49,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: not TOML, an unknown key (with the nearest known one), or a value of another kind.
         OSError: the file cannot be read.
     """
+    check_file(path, "a study")
     try:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ from probdefense import defenses, models
 from probdefense.core import Defense, deterministic, load
 from probdefense.core.networks import remade
 from probdefense.core.persistence import header
-from probdefense.data.scripts import named, run_file
+from probdefense.data.scripts import named, own_names, run_file
+from probdefense.files import check_file, nearest
 from probdefense.logits.adapters import as_logits_fn
 from probdefense.rng import forked
+from probdefense.tables import listed
 from probdefense.types import Inputs, Labels, LogitsFn
-from probdefense.validation import check_answer
+from probdefense.validation import check_answer, kind_of
 
 __all__ = ["Target", "check_images", "target"]
 
@@ -54,18 +57,24 @@ def target(where: str, weights: Path | None = None) -> Target:
     """
     file, _, name = where.rpartition(":")
     if file.endswith(".py"):
-        return Target(name, _ready(_filled(looked_up(where), weights, where)))
+        if weights is not None:
+            _check_written(weights, "trained weights")
+        return Target(name, _ready(_filled(looked_up(where), weights, where), where))
     path = Path(where)
+    if path.suffix == ".py" and path.is_file():
+        raise ValueError(f"expected FILE.py:NAME, got {where} without a name; {_offered(path)}")
     if not path.is_file():
+        folder = f": {where} is a folder" if path.is_dir() else nearest(path)
         raise ValueError(
-            f"expected FILE.py:NAME or a file of probdefense.save, got {where}, which is neither"
+            f"expected FILE.py:NAME or a file of probdefense.save, got {where}, which is neither{folder}"
         )
+    _check_written(path, "a file of probdefense.save")
     if weights is not None:
         raise ValueError(
             f"expected --weights beside FILE.py:NAME, got it beside {where}, which holds its own; leave one "
             "out"
         )
-    return Target(path.stem, _ready(_loaded(path)))
+    return Target(path.stem, _ready(_loaded(path), where))
 
 
 def looked_up(where: str) -> Any:
@@ -82,12 +91,50 @@ def looked_up(where: str) -> Any:
         return named(where)
 
 
+def _check_written(path: Path, what: str) -> None:
+    """Refuses what is no file, or has nothing in it."""
+    check_file(path, what)
+    if not path.stat().st_size:
+        raise ValueError(f"expected {what} in {path}, got something else: it is empty; save or fetch it anew")
+
+
+def _offered(path: Path) -> str:
+    """What of a file could be judged: defenses, networks, and what makes one without arguments."""
+    module = run_file(path)
+    names = [name for name in own_names(module) if _is_target(getattr(module, name))]
+    if not names:
+        return "nothing in it is a network, a Defense, or a function that makes one without arguments"
+    return f"it has {listed(names[:20])}: give {path}:{names[0]}"
+
+
+def _is_target(found: Any) -> bool:
+    """Whether something in a file looks like what can be judged; no function is called."""
+    if isinstance(found, nn.Module) or inspect.isclass(found):
+        return isinstance(found, nn.Module) or issubclass(found, nn.Module)
+    return _answers(found) or (inspect.isroutine(found) and (not _takes(found) or _takes_images(found)))
+
+
+def _takes_images(found: Any) -> bool:
+    """Whether a function can be called as ``f(x)`` or ``f(x, num_samples)``."""
+    signature = inspect.signature(found)
+    for arguments in ((0,), (0, 1)):
+        with suppress(TypeError):
+            signature.bind(*arguments)
+            return next(iter(signature.parameters), "") != "self"
+    return False
+
+
 def _takes(found: Any) -> bool:
     """Whether a function needs an argument, as a `LogitsFn` does."""
-    if not inspect.isroutine(found):
-        return False
+    return inspect.isroutine(found) and bool(_needed(found))
+
+
+def _needed(found: Any) -> list[str]:
+    """The arguments that a function cannot be called without."""
     parameters = inspect.signature(found).parameters.values()
-    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    return [
+        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
 
 
 def _filled(found: Any, weights: Path | None, where: str) -> Any:
@@ -121,7 +168,16 @@ def _is_ours(path: Path) -> bool:
 
 def _loaded(path: Path) -> Defense:
     """The defense of a file that knows its network."""
-    found = header(path)["network"]
+    try:
+        found = header(path)["network"]
+    except ValueError as error:
+        told, _, way = str(error).partition("; read ")
+        if "load_weights" not in way:  # which reads them in Python
+            raise
+        raise ValueError(
+            f"{told}; such weights have no network: give the function that makes it, FILE.py:NAME --weights "
+            f"{path}"
+        ) from error
     if found is None:
         raise ValueError(
             f"the network of the defense in {path} is code of your own, which no file holds; give the "
@@ -130,7 +186,19 @@ def _loaded(path: Path) -> Defense:
     return load(path, net=remade(found))
 
 
-def _ready(found: Any) -> LogitsFn:
+def _ready(found: Any, where: str) -> LogitsFn:
+    """What answers to images, in evaluation mode.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not callable(found) or (inspect.isroutine(found) and not _takes_images(found)):
+        came = f"a function of ({', '.join(_needed(found))})" if callable(found) else kind_of(found)
+        file = Path(where.rpartition(":")[0])
+        raise TypeError(
+            f"expected {where} as a network, a Defense, a LogitsFn or a function that makes one without "
+            f"arguments, got {came}; {_offered(file)}"
+        )
     return as_logits_fn(found.eval() if isinstance(found, nn.Module) else found)
 
 

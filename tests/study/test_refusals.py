@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import probdefense as pd
@@ -89,6 +90,30 @@ def uneven():
 """
 
 
+FEW = """
+import torch
+from torch.nn import Linear
+from probdefense.attacks import pgd
+
+class Net(Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+
+def make():
+    return Net()
+
+made = Net()
+
+def needy(x, size, depth):
+    return Linear(size, depth)
+
+def judge(x, num_samples):
+    return torch.zeros(num_samples, len(x), 10)
+
+words = "words"
+"""
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with files that are good, and files that are not; the command runs there."""
@@ -96,6 +121,11 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "raising.py").write_text("1 / 0\n")
     (tmp_path / "leaving.py").write_text("import sys\nsys.exit('bye')\n")
     (tmp_path / "syntax.py").write_text("def (:\n")
+    (tmp_path / "nothing.py").write_text("")
+    (tmp_path / "few.py").write_text(FEW)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.py").mkdir()
+    save_file({"weight": torch.zeros(3)}, tmp_path / "alone.safetensors")
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     defense = pd.defenses.rse(net, sigma_init=0.25, before_linear=True)
     pd.save(defense, tmp_path / "good.safetensors")
@@ -120,18 +150,36 @@ def place(tmp_path, monkeypatch):
 
 TARGETS = {
     "absent": ("absent.safetensors", "which is neither"),
+    "nearly there": ("god.safetensors", "which is neither; did you mean good.safetensors?"),
+    "without its ending": ("good", "did you mean good.safetensors?"),
     "a folder": (".", "which is neither"),
+    "a folder by name": ("folder", "which is neither: folder is a folder"),
+    "no name at all": (
+        "few.py",
+        "got few.py without a name; it has Net, make, made and judge: give few.py:Net",
+    ),
+    "a file of nothing": ("nothing.py", "nothing in it is a network, a Defense"),
+    "a file of a folder": ("folder.py:net", "expected a Python file at folder.py"),
     "cut": ("cut.safetensors", "a part of one"),
     "changed": ("changed.safetensors", "its checksum differs"),
     "noise": ("noise.safetensors", "got something else"),
-    "empty": ("empty.safetensors", "got something else"),
+    "empty": ("empty.safetensors", "got something else: it is empty"),
     "of torch.save": ("net.pt", "got one of torch.save"),
+    "weights alone": ("net.pt", "give the function that makes it, FILE.py:NAME --weights net.pt"),
+    "weights of others": ("alone.safetensors", "FILE.py:NAME --weights alone.safetensors"),
     "code of one's own": ("own.safetensors", "FILE.py:NAME --weights own.safetensors"),
     "no file": ("absent.py:net", "expected a Python file at absent.py"),
+    "nearly a file": ("mime.py:net", "give it as FILE.py:NAME; did you mean mine.py?"),
     "raising": ("raising.py:net", "raised ZeroDivisionError: division by zero"),
     "leaving": ("leaving.py:net", "raised SystemExit: bye"),
     "syntax": ("syntax.py:net", "raised SyntaxError"),
+    "syntax without a name": ("syntax.py", "raised SyntaxError: invalid syntax (syntax.py, line 1)"),
     "no name": ("mine.py:nets", "expected 'nets' in mine.py"),
+    "nearly a name": ("few.py:mak", "got a file of Net, make, made, needy, judge, words; did you mean make?"),
+    "no name of the file": ("nothing.py:net", "got a file of nothing; name one"),
+    "a module": ("few.py:torch", "got module"),
+    "an attack": ("few.py:pgd", "got a function of (logits_fn, x, y, eps); it has Net, make, made and judge"),
+    "words": ("few.py:words", "got str 'words'; it has Net"),
     "an empty name": ("mine.py:", "expected '' in mine.py"),
     "a raising function": ("mine.py:raising", "raising() of mine.py raised RuntimeError: no network today"),
     "a number": ("mine.py:number", "got int"),
@@ -160,6 +208,10 @@ def test_targets_that_are_none_are_refused(name, command, place, monkeypatch, ca
 
 OPTIONS = [
     ("mine.py:net", ["--weights", "absent.pt"], "--weights", "No such file"),
+    ("mine.py:net", ["--weights", "nett.pt"], "--weights", "No such file; did you mean net.pt?"),
+    ("mine.py:net", ["--weights", "folder"], "--weights", "got the folder folder; give a file in it"),
+    ("mine.py:net", ["--weights", "empty.safetensors"], "--weights", "it is empty"),
+    ("good.safetensors", ["--data", "mine.py"], "--data", "stl10, your FILE.py:NAME"),
     ("mine.py:net", ["--weights", "cut.pt"], "--weights", "a part of a file"),
     ("mine.py:net", ["--weights", "other.pt"], "--weights", "1.weight (3, 64) for (10, 64)"),
     ("mine.py:net", ["--weights", "cut.safetensors"], "--weights", "a part of a file"),

@@ -186,7 +186,7 @@ def test_a_name_in_a_file_is_a_pair_or_makes_one(tmp_path):
     [
         ("pair = 3", "pair", r"mine\.py:pair as a pair \(train, test\) of data sets.*got int"),
         ("pair = (1, 2)", "pair", "got tuple; wrap tensors in torch.utils.data.TensorDataset"),
-        ("pair = 3", "other", "expected 'other' in .*, got a file of torch, TensorDataset, pair"),
+        ("pair = 3", "other", "expected 'other' in .*, got a file of pair; name one"),
         ("1 / 0", "pair", r"mine\.py raised ZeroDivisionError: division by zero; run it in Python"),
         ("raise SystemExit(3)", "pair", r"mine\.py raised SystemExit: 3"),
         ("def f(", "f", r"mine\.py raised SyntaxError"),

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,23 @@ def test_internal_links_resolve(page):
     for name in re.findall(r"\]\[(probdefense[\w.]*)\]", text):
         assert any(name == known or name.startswith(f"{known}.") for known in DOCUMENTED), f"{page}: {name}"
         resolve(name)
+
+
+def test_the_address_is_that_of_the_package():
+    """It stands in `[project.urls]`; elsewhere it is written out, and agrees."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    known = (urls["Source"], urls["Documentation"])
+    texts = [ROOT / name for name in ("README.md", "mkdocs.yml", "CITATION.cff", "pyproject.toml")]
+    address = re.compile(r"https://(?:github\.com/[\w.-]+/probdefense|[\w.-]+\.github\.io/)\b[^\s\"')>]*")
+    found = [each for text in (*texts, *PAGES) for each in address.findall(text.read_text())]
+    assert len(found) > 30 and [each for each in found if not each.startswith(known)] == []
+
+
+def test_links_of_the_readme_are_absolute():
+    """It is shown by the package index too, where no other file is."""
+    text = prose(ROOT / "README.md")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(targets) > 30 and [each for each in targets if not each.startswith(("https://", "#"))] == []
 
 
 BLOCKS = re.compile(r"^```python exec=\"on\".*?^```$", re.DOTALL | re.MULTILINE)

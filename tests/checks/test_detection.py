@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics
 
 import probdefense as pd
 from probdefense.checks.detection import (
@@ -28,6 +29,9 @@ def test_the_area_by_hand_and_by_counting_pairs():
     inside, outside = torch.randn(40).round(decimals=1), (torch.randn(30) + 0.5).round(decimals=1)
     wins = (outside[:, None] > inside).double() + 0.5 * (outside[:, None] == inside).double()
     assert auroc(inside, outside).value == pytest.approx(float(wins.mean()))
+    strange = torch.cat([torch.zeros(40), torch.ones(30)])
+    theirs = metrics.roc_auc_score(strange, torch.cat([inside, outside]))
+    assert auroc(inside, outside).value == pytest.approx(theirs)
 
 
 def test_the_interval_of_the_area_covers():

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from sklearn import metrics
+from sklearn.calibration import calibration_curve
 
 from probdefense.evaluation.calibration import calibration, reliability
 
@@ -31,6 +33,31 @@ def test_the_diagram_counts_every_example_once():
     full = diagram.size > 0
     assert bool((diagram.confidence[full] <= edges[full] + 1e-6).all())
     assert bool((diagram.confidence[full] >= edges[full] - 1 / 7 - 1e-6).all())
+
+
+def scored(count=500, classes=4):
+    generator = torch.Generator().manual_seed(3)
+    log_probs = (2 * torch.randn(count, classes, generator=generator)).double().log_softmax(-1)
+    return log_probs, torch.randint(classes, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("num_bins", [5, 15])
+def test_bins_are_those_of_scikit_learn(num_bins):
+    log_probs, y = scored()
+    confidence, label = log_probs.exp().max(-1)
+    share, mean = calibration_curve(label == y, confidence, n_bins=num_bins)
+    diagram = reliability(log_probs, y, num_bins=num_bins)
+    full = diagram.size > 0
+    assert diagram.accuracy[full].numpy() == pytest.approx(share)
+    assert diagram.confidence[full].numpy() == pytest.approx(mean)
+
+
+def test_scores_are_those_of_scikit_learn():
+    log_probs, y = scored()
+    found = calibration(log_probs, y)
+    assert found.nll == pytest.approx(metrics.log_loss(y, log_probs.exp(), labels=range(4)))
+    each = [metrics.brier_score_loss(y == k, log_probs[:, k].exp()) for k in range(4)]  # several at once: 1.7
+    assert found.brier == pytest.approx(sum(each))
 
 
 def test_certainty_falls_into_the_last_bin():

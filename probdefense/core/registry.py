@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 from probdefense.core import families
 from probdefense.core.families import numbers_of
 from probdefense.core.networks import record
-from probdefense.validation import plain
+from probdefense.validation import bound, plain
 
 P = ParamSpec("P")
 D = TypeVar("D", bound=nn.Module)
@@ -73,13 +73,13 @@ def builder(function: Callable[P, D]) -> Callable[P, D]:
 
     @functools.wraps(function)
     def recorded(*args: P.args, **kwargs: P.kwargs) -> D:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        first, *others = bound.arguments
-        bound.arguments[first] = net = _several(bound.arguments[first])
-        defense: Any = function(*bound.args, **bound.kwargs)
+        given = bound(name, signature, args, kwargs)
+        given.apply_defaults()
+        first, *others = given.arguments
+        given.arguments[first] = net = _several(given.arguments[first])
+        defense: Any = function(*given.args, **given.kwargs)
         before = getattr(net, "calls", ())
-        arguments = {key: described(bound.arguments[key], key) for key in others}
+        arguments = {key: described(given.arguments[key], key) for key in others}
         call = Call(name, arguments, len(net) if isinstance(net, list) else None)
         defense.calls = None if before is None else (*before, call)
         defense.origin = net.origin if before else _common(net)

@@ -230,7 +230,7 @@ def _about(chunk: Chunk) -> dict[str, Any]:
 
 def _check_settings(threat: Threat, rules: Sequence[Rule], estimand: str) -> None:
     for radius in threat.radii:
-        check_eps(radius)
+        check_eps(radius, norm=threat.norm)
     check_member("estimand", estimand, ESTIMANDS)
     check_kind("rules", rules, (list, tuple), "give a list of rules, as in [rules.vote]")
     if not threat.radii or not rules:

@@ -1,11 +1,10 @@
 """Keys and values of study files: what is unknown is refused with the nearest known key."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from probdefense.validation import kind_of
+from probdefense.validation import kind_of, nearest
 
 
 def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -23,11 +22,8 @@ def check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.0)
-            hint = f" did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"unknown key {key!r} in {where};{hint} known: {', '.join(known) or 'none at all'}"
-            )
+            hint = f"{nearest(key, known)} known: {', '.join(known) or 'none at all'}"
+            raise ValueError(f"unknown key {key!r} in {where}; {hint.strip()}")
 
 
 def check_values(where: str, given: Mapping[str, Any], like: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ NumPy and for tensors of one number, pixels that rounding carried out of the box
 """
 
 from probdefense.validation.settings import (
+    bound,
     check_attack,
     check_bare,
     check_count,
@@ -20,6 +21,7 @@ from probdefense.validation.settings import (
     check_seeds,
     check_share,
     kind_of,
+    nearest,
     plain,
 )
 from probdefense.validation.tensors import (
@@ -40,6 +42,7 @@ from probdefense.validation.tensors import (
 )
 
 __all__ = [
+    "bound",
     "check_answer",
     "check_attack",
     "check_bare",
@@ -69,5 +72,6 @@ __all__ = [
     "check_values",
     "check_vector",
     "kind_of",
+    "nearest",
     "plain",
 ]

@@ -1,7 +1,9 @@
 """Settings: numbers, seeds, radii, functions and names, in the form that the library works with."""
 
+import difflib
 import inspect
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -126,13 +128,29 @@ def check_share(name: str, value: Any, *, ends: str = "()") -> float:
     return number
 
 
-def check_eps(eps: Any, batch: int | None = None) -> Any:
+def check_eps(eps: Any, batch: int | None = None, norm: float | None = None) -> Any:
     """Refuses a radius that is negative, not finite, or not one number or one per example; returns it.
+
+    Args:
+        eps: The radius, or one per example.
+        batch: Examples, where there may be one each.
+        norm: Of the ball, where it is known: in l-inf a radius above 1 is one of gray levels.
 
     Raises:
         TypeError: not a number, tensor or array.
-        ValueError: negative, not finite, or the wrong shape.
+        ValueError: negative, not finite, too large, or the wrong shape.
     """
+    radii = _radii(eps, batch)
+    if norm == math.inf and (torch.as_tensor(radii) > 1).any():
+        largest = f"{float(torch.as_tensor(radii).max()):g}"
+        raise ValueError(
+            f"expected eps <= 1 in l-inf, because pixels are in [0, 1], got {largest}; {largest} of 255 gray "
+            f"levels are {largest} / 255"
+        )
+    return radii
+
+
+def _radii(eps: Any, batch: int | None) -> Any:
     if not isinstance(getattr(eps, "shape", ()), tuple) or getattr(eps, "shape", ()) == ():
         return check_positive("eps", eps, zero=True)
     radii = torch.as_tensor(eps)
@@ -150,6 +168,32 @@ def check_eps(eps: Any, batch: int | None = None) -> Any:
             "and eps.max()"
         )
     return radii if radii.is_floating_point() else radii.float()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The question whether the nearest known word was meant, or nothing; one that contains it is nearest."""
+    known = list(known)
+    near = difflib.get_close_matches(word, [each for each in known if word in each] or known, 1, 0.0)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def bound(
+    name: str, signature: inspect.Signature, given: Sequence[Any], named: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """The arguments of a call of the function of that name.
+
+    Raises:
+        TypeError: some are missing, too many or unknown; names the nearest known keyword.
+    """
+    parameters = signature.parameters.values()
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    known = [each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    for unknown in [] if open_ended else [key for key in named if key not in known]:
+        raise TypeError(
+            f"expected keywords that {name} knows, got an unexpected keyword argument {unknown!r}; "
+            f"{nearest(unknown, known)} It takes {', '.join(known)}"
+        )
+    return signature.bind(*given, **named)
 
 
 def check_norm(norm: Any) -> float:

@@ -23,6 +23,7 @@ from probdefense.ops import exact
 from probdefense.rng import Stream, forked
 from probdefense.types import Inputs, Labels, Logits, LogitsFn
 from probdefense.validation import (
+    bound,
     check_classes,
     check_count,
     check_eps,
@@ -75,13 +76,16 @@ def attack(body: Callable[..., Inputs]) -> Callable[..., Inputs]:
         **options: Any,
     ) -> Inputs:
         declared = inspect.signature(public)
-        declared.bind(logits_fn, x, y, **options)
+        bound(body.__name__, declared, (logits_fn, x, y), options)
         logits_fn = cast(as_logits_fn(logits_fn), amp)
         x = check_inputs(x)
         check_labels(y, len(x))
         parameters = declared.parameters
+        norm = check_norm(options.get("norm", parameters["norm"].default)) if "norm" in parameters else None
         options = {
-            name: value if value is parameters[name].default is None else _checked_option(name, value, x, y)
+            name: value
+            if value is parameters[name].default is None
+            else _checked_option(name, value, x, y, norm)
             for name, value in options.items()
         }
         max_batch = len(x) if max_batch is None else check_count("max_batch", max_batch)
@@ -204,10 +208,10 @@ def _one_source(seed: Any, generator: Any) -> Any:
     return generator
 
 
-def _checked_option(name: str, value: Any, x: Inputs, y: Labels) -> Any:
+def _checked_option(name: str, value: Any, x: Inputs, y: Labels, norm: Any) -> Any:
     """A setting, checked by its name, which means the same in every attack."""
     if name == "eps":
-        return check_eps(value, len(y))
+        return check_eps(value, len(y), norm)
     if name == "norm":
         return check_norm(value)
     if name == "target":

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -127,6 +128,17 @@ def test_links_of_the_readme_are_absolute():
     text = prose(ROOT / "README.md")
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     assert len(targets) > 30 and [each for each in targets if not each.startswith(("https://", "#"))] == []
+
+
+def test_formulas_are_an_extension_of_markdown_too(monkeypatch):
+    """Zensical, which runs no hooks, takes them so."""
+    pytest.importorskip("latex2mathml")
+    markdown = pytest.importorskip("markdown")
+    monkeypatch.setattr(sys, "path", [str(DOCS / "hooks"), *sys.path])
+    options = {"pymdownx.arithmatex": {"generic": True}}
+    made = markdown.markdown("$x^2$ and `$`", extensions=[*options, "formulas"], extension_configs=options)
+    assert made.count("<math") == 1 and "<msup>" in made and "arithmatex" not in made
+    assert "formulas" in (ROOT / "zensical.yml").read_text()
 
 
 BLOCKS = re.compile(r"^```python exec=\"on\".*?^```$", re.DOTALL | re.MULTILINE)

@@ -61,6 +61,9 @@ def to_arviz(
     claimed. Samples of `from_samples` come by chain and in their order, at most `num_samples` of each,
     evenly spaced; those of other weights than equal ones are drawn.
 
+    Of a posterior by `numpyro.bridge`: the same without priors, at most `num_samples` draws of each chain,
+    evenly spaced, with ``weight_rms`` by path in the tree of draws.
+
     Of a report: **posterior** holds draws of every accuracy from one weighted Bayesian bootstrap over
     examples and draws, so differences of rows are paired. Of a prediction: **posterior_predictive**
     holds labels drawn from it, **constant_data** its probabilities and entropies.

@@ -12,7 +12,7 @@ from probdefense.ops import exact
 from probdefense.processes import Processes
 from probdefense.tables import format_table, html_table
 from probdefense.types import Labels, Step
-from probdefense.validation import watching
+from probdefense.validation import like_probabilities, warn_of_probabilities, watching
 from probdefense.validation.watching import Ledger
 
 
@@ -81,6 +81,7 @@ class Meter:
     grad_norm: float = 0.0
     steps: int = 0
     seconds: float = 0.0
+    probabilities: float = 0.0
 
     @contextmanager
     def watching(self, defense: Any) -> Iterator[None]:
@@ -96,6 +97,8 @@ class Meter:
 
     def _see(self, step: Step, y: Labels) -> None:
         size = len(step.log_lik)
+        if not self.forwards:
+            self.probabilities = number(like_probabilities(step.logits.detach()))
         self.forwards += size
         self.log_lik += number(step.log_lik.detach().sum())
         self.kl += size * number(sum((value.detach() for value in step.kl.values()), y.new_zeros(())))
@@ -123,7 +126,9 @@ class Meter:
             setattr(self, name, value)
 
     def file(self, history: History, learning_rate: float, processes: Processes) -> None:
-        """Adds the averages of the epoch to the history."""
+        """Adds the averages of the epoch to the history; warns of probabilities after the first one."""
+        if self.probabilities and not history.loss:
+            warn_of_probabilities("weakens the training", stacklevel=5)
         mine = asdict(self)
         names = ("loss", "log_lik", "kl", "accuracy", "examples", "forwards")
         total = dict(zip(names, processes.summed([mine[name] for name in names]), strict=True))

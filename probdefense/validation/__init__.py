@@ -39,6 +39,8 @@ from probdefense.validation.tensors import (
     check_output,
     check_values,
     check_vector,
+    like_probabilities,
+    warn_of_probabilities,
 )
 
 __all__ = [
@@ -72,6 +74,8 @@ __all__ = [
     "check_values",
     "check_vector",
     "kind_of",
+    "like_probabilities",
     "nearest",
     "plain",
+    "warn_of_probabilities",
 ]

@@ -1,6 +1,7 @@
 """Examples, labels and logits: what may come in, and what a network may answer."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -196,6 +197,21 @@ def check_output(output: Any, batch: int) -> None:
             "or average the other axes inside the network"
         )
     check_num_classes(output.shape[1])
+
+
+def like_probabilities(logits: Tensor) -> Tensor:
+    """Whether answers look like probabilities, one bool on their device."""
+    inside = (logits >= 0) & (logits <= 1)
+    return inside.all() & ((logits.float().sum(-1) - 1).abs() < 1e-4).all()
+
+
+def warn_of_probabilities(consequence: str, stacklevel: int) -> None:
+    """Says what a softmax of probabilities does."""
+    warnings.warn(
+        "the answers look like probabilities; expected logits or log-probabilities, because a second softmax "
+        f"flattens the loss and {consequence}: return the logits",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def check_num_classes(count: int) -> None:

@@ -9,7 +9,6 @@ of the network: the cast stands here, and so does the one check that answers are
 import functools
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +36,8 @@ from probdefense.validation import (
     check_norm,
     check_positive,
     check_share,
+    like_probabilities,
+    warn_of_probabilities,
     watching,
 )
 
@@ -164,7 +165,8 @@ class _Guarded:
         if not self.seen:
             self.seen = True
             check_classes(self.highest, logits.shape[-1])
-            _warn_of_probabilities(logits.detach())
+            if like_probabilities(logits.detach()):
+                warn_of_probabilities("weakens every attack", stacklevel=3)
         check_finite_logits(logits, self.where, self.number)
         return exact(logits)
 
@@ -186,16 +188,6 @@ class _Guarded:
         """Inputs among the arguments, as the function takes them."""
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(self.dtype, copy=True) if floating else value
-
-
-def _warn_of_probabilities(logits: Logits) -> None:
-    low, high = torch.aminmax(logits)
-    if float(low) >= 0 and float(high) <= 1 and bool(((logits.sum(-1) - 1).abs() < 1e-4).all()):
-        warnings.warn(
-            "the answers look like probabilities; expected logits or log-probabilities, because a second "
-            "softmax flattens the loss and weakens every attack: return the logits",
-            stacklevel=4,
-        )
 
 
 def _one_source(seed: Any, generator: Any) -> Any:

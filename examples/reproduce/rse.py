@@ -48,6 +48,9 @@ PAPER = {
 }
 """Table 2: accuracy in percent on CIFAR-10 with VGG16, by the constant c."""
 
+DISTORTION = {"none": 3.41, "rse": 15.80, "distillation": 6.18, "brelu": 9.44, "fgsm_retraining": 3.33}
+"""Table 3: squared L2, the mean over the nine other classes of one image of a ship."""
+
 FAR = 28.0
 """An L2 radius within which every point of [0, 1] lies: points count wherever they are."""
 
@@ -142,9 +145,7 @@ def today(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
         for row in report.rows:
             yield figure("Today's attacks", name, row)
     for name in ("none", "rse"):
-        settled = {
-            "cw": pd.with_draws(partial(attacks.cw, num_steps=max(5, lab.budget // 16), num_searches=4), 4)
-        }
+        settled = {"cw": pd.with_draws(partial(attacks.cw, num_steps=max(5, lab.budget // 16)), 4)}
         report = lab.judged(named[name], f"settled-{name}", settled, norm=2, eps=1.0)
         for row in report.rows:
             yield figure("C&W settled on fresh draws, L2", name, row)
@@ -167,7 +168,7 @@ def queries(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
 
 
 def targeted(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
-    """Table 3: how far targeted points lie, root mean square L2 in pixels."""
+    """Table 3: how far targeted points lie, squared L2 in pixels."""
     x, y = (part[:20] for part in lab.test)
     target, points = (y + 1) % 10, {"clean": x}
     for name, defense in named.items():
@@ -178,7 +179,6 @@ def targeted(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
             y,
             target=target,
             num_steps=max(5, lab.budget // 8),
-            num_searches=4,
             seed=0,
         )
         points[name] = found
@@ -190,7 +190,8 @@ def targeted(lab: Lab, named: dict[str, Any]) -> Iterator[Row]:
         mean = float(reached.mean())
         shown = {"value": mean, "low": max(0.0, mean - half), "high": mean + half}
         note = f"squared L2 of the {len(reached)} of {len(x)} images that reach the next class"
-        yield figure("Table 3", name, shown, attack="cw, targeted", unit="pixels squared", note=note)
+        told = {"attack": "cw, targeted", "unit": "pixels squared", "note": note}
+        yield figure("Table 3", name, shown, paper=DISTORTION[name], **told)
     lab.drawn({name: images[:8] for name, images in points.items()})
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,9 +125,9 @@ def _layers(batch: int, device: torch.device) -> dict[str, Any]:
     """The hand-written loop around what stands between an attack and a network, outermost last."""
     net, y = frozen_cnn(device), torch.arange(batch, device=device) % 10
     x, defense = torch.rand(batch, 1, 28, 28, device=device), pd.deterministic(net)
-    border = guarded(as_logits_fn(defense), x, y)
+    border, model = guarded(as_logits_fn(defense), x, y), cast(Any, defense.model)
     functions = {
-        "through the network as a pure function": lambda point: defense.model.logits(point, {}),
+        "through the network as a pure function": lambda point: model.logits(point, {}),
         "through the defense": lambda point: defense(point)[0],
         "through the border of attacks": lambda point: border(point)[0],
     }

@@ -9,7 +9,9 @@ and the rest $e$, of variances that sum to one, so that the accuracy is $\\Phi(\
 import math
 import sys
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,11 +117,12 @@ def intervals(repeats: int) -> None:
         )
     for world in WORLDS:
         for size in SIZES:
-            for name, cover in {
+            ways: dict[str, Callable[..., float]] = {
                 "population": interval_coverage,
                 "test set": partial(interval_coverage, estimand="test set"),
                 "bootstrap": bootstrap_coverage,
-            }.items():
+            }
+            for name, cover in ways.items():
                 title = f"{world}, {size[0]} x {size[1]}, {name}"
                 print(title.ljust(42), *_percent(cover(a, size, world, repeats=repeats) for a in ACCURACIES))
 
@@ -142,7 +145,7 @@ def honest_models(seed: int, epochs: int) -> dict[str, pd.Defense]:
     robust = adversarial(elbo, partial(pd.attacks.pgd, eps=0.1, num_steps=3, step_size=0.05))
     noisy = partial(pd.defenses.rse, before_linear=True, sigma_init=0.1, sigma_inner=0.05)
     random = partial(pd.defenses.bayesian, num_data=len(train))
-    kinds = {
+    kinds: dict[str, tuple[Callable[..., pd.Defense], Any]] = {
         "plain": (pd.deterministic, elbo),
         "adversarially trained": (pd.deterministic, robust),
         "rse": (noisy, elbo),
@@ -201,7 +204,7 @@ def alarms(trainings: int, epochs: int = 10) -> None:
     print(*fired, sep="\n")
 
 
-def _percent(shares) -> list[str]:
+def _percent(shares: Iterable[float]) -> list[str]:
     return [f"{100 * share:6.1f}" for share in shares]
 
 

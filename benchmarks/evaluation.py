@@ -51,16 +51,15 @@ def syncs_fit(device: torch.device) -> dict[str, Any]:
     defense = pd.defenses.bayesian(pd.models.small_cnn(), num_data=96)
     loader = [(torch.rand(8, 1, 8, 8), torch.arange(8) % 10) for _ in range(12)]
     pd.fit(defense, loader, epochs=1, progress=False)
-    counts = [counted_syncs(lambda n=n: pd.fit(defense, loader, epochs=n, progress=False)) for n in (1, 3)]
+    fit = partial(pd.fit, defense, loader, progress=False)
+    counts = [counted_syncs(partial(fit, epochs=n)) for n in (1, 3)]
     return {"value": (counts[1] - counts[0]) / 2}
 
 
 def _per_step(attack: Any, **options: Any) -> float:
     net, x = pd.deterministic(pd.models.small_cnn()).eval(), torch.rand(8, 1, 8, 8)
     y = net(x)[0].argmax(-1)
-    few, many = (
-        counted_syncs(lambda n=n: attack(net, x, y, num_steps=n, seed=0, **options)) for n in (5, 25)
-    )
+    few, many = (counted_syncs(partial(attack, net, x, y, num_steps=n, seed=0, **options)) for n in (5, 25))
     return (many - few) / 20
 
 
@@ -83,8 +82,15 @@ def adaptation(device: torch.device) -> dict[str, Any]:
     pd.fit(base, DataLoader(train, 64, shuffle=True), epochs=3, progress=False)
     seconds = {}
     for group in (1, 50):
-        settings = {"num_neighbors": 256, "max_epochs": 5, "learning_rate": 1e-3, "group": group}
-        adaptive = pd.rmc(base, train, attack=partial(pd.attacks.pgd, eps=0.1, num_steps=10), **settings)
+        settings: dict[str, Any] = {
+            "num_neighbors": 256,
+            "max_epochs": 5,
+            "learning_rate": 1e-3,
+            "group": group,
+        }
+        adaptive = pd.rmc(
+            base, train, attack=partial(pd.attacks.pgd, eps=0.1, num_steps=10), **settings, group=group
+        )
         start, count = time.process_time(), 5 if group == 1 else 50
         adaptive.respond(test.tensors[0][:count], seed=0)
         seconds[group] = (time.process_time() - start) / count

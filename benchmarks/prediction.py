@@ -1,5 +1,6 @@
 """Averages over draws beside as many plain forward passes and the random numbers that they need."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -47,8 +48,14 @@ def predict_weights(device: torch.device) -> Variants:
     }
 
 
+def uses(defense: pd.Defense, x: torch.Tensor) -> list[Any]:
+    """The local sites of a defense of our own, for inputs like `x`."""
+    model: Any = defense.model
+    return model.uses(x)
+
+
 def _noise_elements(defense: pd.Defense, x: torch.Tensor) -> int:
-    return sum(use.shape.numel() for use in defense.model.uses(x))
+    return sum(use.shape.numel() for use in uses(defense, x))
 
 
 @benchmark(
@@ -77,12 +84,13 @@ def predict_fresh(device: torch.device) -> Variants:
 def backends(device: torch.device) -> dict[str, Any]:
     """The largest of all cells is compared with the target."""
     cells: dict[str, float] = {}
-    nets = {
+    nets: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         "CNN": (cnn, (1, 28, 28)),
         "MLP": (mlp, (1, 28, 28)),
         "ResNet-20": (pd.models.resnet20, (3, 32, 32)),
     }
     for name, (make, shape) in nets.items():
+        builds: dict[str, Callable[..., pd.Defense]]
         builds = {"noise": partial(pd.defenses.rse, before_linear=True), "weights": pd.defenses.bayesian}
         for kind, build in builds.items():
             defense = build(make().to(device)).eval()

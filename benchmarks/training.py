@@ -9,11 +9,13 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 import probdefense as pd
 from benchmarks.measure import Variants, benchmark
 from benchmarks.nets import cnn, many_tensors, mlp
+from benchmarks.prediction import uses
 from probdefense.objectives import elbo
 
 
@@ -82,7 +84,7 @@ def stock_step(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
 
     model = Model()
     guide = AutoNormal(pyro.poutine.block(model, hide=["y"]))
-    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+    svi = pyro.infer.SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 1e-3}), Trace_ELBO())
     return lambda: svi.step(x, y)
 
 
@@ -158,7 +160,7 @@ def rse_resnet20(device: torch.device) -> Variants:
     x, y = batch((64, 3, 32, 32), device)
     defense = pd.defenses.rse(pd.models.resnet20().to(device))
     plain = plain_step(pd.models.resnet20().to(device), x, y, fused=True)
-    count = len(x) * sum(use.shape.numel() for use in defense.model.uses(x))
+    count = len(x) * sum(use.shape.numel() for use in uses(defense, x))
     return {
         "floor": plain,
         "ours": svi_step(defense, x, y),

@@ -53,8 +53,8 @@ def swept(name: str, data: pd.data.Split, best: dict[str, float]) -> dict[str, d
     found = {}
     for rate in RATES:
         shop = Workshop(data, pd.data.SOURCES["digits"].eps, EPOCHS, SEED, {**best, name: rate})
-        if RECIPES[name].base is not None:
-            shop.make(RECIPES[name].base)
+        if (base := RECIPES[name].base) is not None:
+            shop.make(base)
         found[f"{rate:g}"] = tried(shop, name)
         print(name, f"{rate:g}", {k: round(v, 3) for k, v in found[f"{rate:g}"].items()}, flush=True)
     return found
@@ -89,7 +89,8 @@ def main() -> None:
     )
     names = [a for a in arguments if a != "--out"]
     trained = [name for name, recipe in RECIPES.items() if recipe.learning_rate is not None]
-    data, best, found = held_out(pd.data.digits()), {}, {}
+    data, found = held_out(pd.data.digits()), {}
+    best: dict[str, float] = {}
     for name in names[0].split(",") if names else trained:
         found[name] = swept(name, data, best)
         best[name] = float(chosen(found[name]))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from probdefense.analysis.plots import norm_name
 from probdefense.checks.results import Check, unapplied
-from probdefense.evaluation.certification import Certificate
+from probdefense.evaluation.certification import Certificate, out_of_reach
 from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.exports import per_image, told_apart
 from probdefense.evaluation.report import Report, Row
@@ -263,6 +263,10 @@ def certified(certificate: Mapping[str, Any], report: Report) -> Table | None:
         lines.append([Cell(name), *(share(by_radius.get(radius)) for radius in radii)])
     about = "In %, with 95 % intervals: right, and the infinite vote is the same up to the radius."
     about += f" {_meaning(report)}"
+    notes: dict[str, list[str]] = {}
+    for name, rows in found.items():
+        notes.setdefault(out_of_reach(rows), []).append(name)
+    about += "".join(f" {listed(names)}: {note}." for note, names in notes.items() if note)
     return Table("Certified accuracy", about, ["defense", *(f"{radius:.3g}" for radius in radii)], lines)
 
 

@@ -12,6 +12,7 @@ changes the winner of infinitely many votes. So does the mean probability $\math
 \mathrm{softmax}_k f(z, \xi)$, which is a function into [0, 1] too. Other noises: see `radii`.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from probdefense.evaluation.ballots import (
     clopper_pearson_low,
     counted_ballot,
     mean_ballot,
+    mean_low,
     raced_ballot,
     running_bounds,
 )
@@ -136,16 +138,42 @@ class Certificate:
             radii: In pixels, in `norm`.
 
         Returns:
-            Rows with eps, accuracy, low and high.
+            Rows with eps, accuracy, low and high. Where so few draws could certify the radius for no image,
+            also num_votes, largest (what they could certify if all agreed) and needed (how many votes would
+            do, None where that is not known); `out_of_reach` puts it in words.
         """
         check_labels(y, len(self.label))
-        rows = []
+        rows, largest = [], self.largest
         for radius in radii_of(radii):
             check_positive("every radius", radius, zero=True)
             right = ((self.label == y) & (self.radius >= radius)).cpu().numpy()
             low, high = self._interval(right, (self.label == y).cpu(), radius)
-            rows.append({"eps": float(radius), "accuracy": float(right.mean()), "low": low, "high": high})
+            row: Row = {"eps": float(radius), "accuracy": float(right.mean()), "low": low, "high": high}
+            if radius > largest and not bool((self.radius >= radius).any()):
+                row |= {"num_votes": self._draws, "largest": largest, "needed": self._needed(radius)}
+            rows.append(row)
         return rows
+
+    @property
+    def largest(self) -> float:
+        """The largest radius that so many draws could certify, in pixels: that of draws that all agree."""
+        if self.rule == "vote":
+            share = clopper_pearson_low(np.array([self._draws]), self._draws, self.alpha)
+        else:
+            share = mean_low(np.ones((self._draws, 1)), self.alpha)
+        return float(certified_radius(torch.from_numpy(share), self.family, self.unit or self.sigma))
+
+    @property
+    def _draws(self) -> int:
+        """How many draws bound a share, at most."""
+        return max(1, int(self.num_votes.max()))
+
+    def _needed(self, radius: float) -> int | None:
+        """How many votes certify a radius if all agree: alpha^(1/n) must reach its share."""
+        share = enough(radius, self.family, self.unit or self.sigma)
+        if self.rule != "vote" or share >= 1:
+            return None
+        return math.ceil(math.log(self.alpha) / math.log(share))
 
     def shares(self, levels: Sequence[float] = LEVELS) -> list[Row]:
         """How the observed share $p_A$ of the chosen class is distributed over images.
@@ -181,8 +209,8 @@ class Certificate:
         kind = "share p_A of the votes" if self.rule == "vote" else "mean probability p_A"
         abstains = float((self.label < 0).double().mean())
         foot = f"{kind} by quantile of images: {shares}; abstains on {abstains:.0%}"
-        columns = ("eps", "accuracy", "low", "high")
-        return "\n".join((title, format_table(self.curve(y, radii), columns), foot))
+        columns, rows = ("eps", "accuracy", "low", "high"), self.curve(y, radii)
+        return "\n".join(filter(None, (title, format_table(rows, columns), foot, out_of_reach(rows))))
 
     def _interval(self, right: np.ndarray, agrees: Tensor, radius: float) -> tuple[float, float]:
         """Of a certified accuracy, over images, and over draws where images share them."""
@@ -191,6 +219,25 @@ class Certificate:
         moved = (self.share.cpu().double().unsqueeze(1) + self.shifts.cpu().double()).clamp(0.0, 1.0)
         reached = certified_radius(moved, self.family, self.unit or self.sigma) >= radius
         return resampled_interval(right, (agrees.unsqueeze(1) & (moved > 0.5) & reached).T.numpy())
+
+
+def out_of_reach(rows: Sequence[Row]) -> str:
+    """What to say of the rows of a curve that no image could pass, whatever the defense; empty for none.
+
+    Examples:
+        >>> row = {"eps": 0.5, "num_votes": 20, "largest": 0.1379, "needed": 300}
+        >>> out_of_reach([{"eps": 0.1}, row])
+        '20 draws that all agree certify radius 0.138 at most, so no image could pass 0.5, which needs 300'
+    """
+    beyond = sorted((row for row in rows if "largest" in row), key=lambda row: row["eps"])
+    if not beyond:
+        return ""
+    row, more = beyond[0], "; nor a larger one" if beyond[1:] else ""
+    needed = f", which needs {row['needed']}" if row["needed"] is not None else ""
+    return (
+        f"{row['num_votes']} draws that all agree certify radius {row['largest']:.3g} at most, so no image "
+        f"could pass {row['eps']:.3g}{needed}{more}"
+    )
 
 
 def certify(

@@ -100,7 +100,7 @@ def certify(
     kept in the folder journal-certify.
     """
     from probdefense.evaluation.certification import smoothing_scale
-    from probdefense.study import findings, judgement
+    from probdefense.study import console, findings, judgement, wording
     from probdefense.validation import check_count, check_share
 
     asked = judgement.Asked(target, weights, data, data_root, images, chunk_size, device, seed, name)
@@ -116,7 +116,7 @@ def certify(
     with _writing(out, "TARGET"), _telling(journal, ready.first):
         found, y = judgement.certified(ready, n0, num_draws, alpha, journal)
     if ready.first:
-        table = found.table(y, [step * found.sigma for step in findings.STEPS])
+        table = wording.fitted(found.table(y, [s * found.sigma for s in findings.STEPS]), console.width())
         about = {**ready.about, "n0": n0, "num_draws": num_draws, "seed": seed}
         _finish(out, table, lambda: findings.write_certificate(ready.target.name, found, y, about, out))
 

@@ -8,6 +8,7 @@ from typing import Any
 from probdefense.analysis.plots import norm_name
 from probdefense.analysis.sections import chance, columns_of, radius_of, ranked, unequal
 from probdefense.checks.results import Checks, unapplied
+from probdefense.evaluation.certification import out_of_reach
 from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.exports import told_apart
 from probdefense.evaluation.report import Report, Row
@@ -59,6 +60,15 @@ def _laid(groups: Iterable[list[str]], width: int) -> list[str]:
     return found
 
 
+def fitted(text: str, width: int = 80) -> str:
+    """A text whose long lines are wrapped."""
+    return "\n".join(
+        part
+        for line in text.splitlines()
+        for part in (_wrapped(line, width) if len(line) > width else [line])
+    )
+
+
 def _wrapped(line: str, width: int) -> list[str]:
     """A line in several, the later ones indented; names and intervals stay whole."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
@@ -107,10 +117,15 @@ def _certified(result: Result) -> dict[str, dict[str, str]]:
     radius = radius_of(result.report)
     found = {}
     for name, certificate in result.certificates.items():
-        y = result.test[1][: len(certificate.label)]
         column = f"certified, {norm_name(certificate.norm)} {radius:g}"
-        found[name] = {column: _share(certificate.curve(y, [radius])[0])}
+        found[name] = {column: _share(_at(result, name, radius))}
     return found
+
+
+def _at(result: Result, name: str, radius: float) -> Row:
+    """Certified accuracy of a defense at a radius."""
+    certificate = result.certificates[name]
+    return certificate.curve(result.test[1][: len(certificate.label)], [radius])[0]
 
 
 def _title(report: Report) -> str:
@@ -187,6 +202,8 @@ def _certificates(result: Result) -> list[str]:
         text = f"input noise {found.sigma:g}, alpha {found.alpha:g}, {len(found.label)} images"
         if norm_name(found.norm) != attacked:
             text += f"; {norm_name(found.norm)} is another ball than the one attacked"
+        if note := out_of_reach([_at(result, name, radius_of(result.report))]):
+            text += f"; {note}"
         about.setdefault(text, []).append(name)
     return [
         f"certificate, {', '.join(names)}: of the infinite vote, not of {draws} draws; {text}"

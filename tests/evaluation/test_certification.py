@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import probdefense as pd
-from probdefense.evaluation.certification import clopper_pearson_low, running_bounds
+from probdefense.evaluation.certification import clopper_pearson_low, out_of_reach, running_bounds
 from tests.worlds import FAILURE_RATE, LinearWorld, tiny_batch, tiny_net
 
 
@@ -206,6 +207,42 @@ def test_the_curve_counts_what_is_certified_and_right():
     assert [row["accuracy"] for row in rows] == [0.5, 0.5, 0.25, 0.0]
     assert all(row["low"] <= row["accuracy"] <= row["high"] for row in rows)
     assert "of the infinite vote, input noise 0.25 px" in found.table(torch.tensor([0, 1, 1, 0]), [0.1])
+
+
+def unanimous(n, rule="vote", **options):
+    """A certificate of a network that always answers 0, with noise of scale 0.25."""
+    net = nn.Linear(4, 3)
+    with torch.no_grad():
+        net.weight.zero_()
+        net.bias.copy_(torch.tensor([60.0, 0.0, 0.0]))
+    defense = pd.defenses.rse(net, sigma_init=0.25, before_linear=True)
+    return pd.certify(defense, torch.rand(3, 4), n0=5, n=n, rule=rule, seed=0, **options)
+
+
+@pytest.mark.parametrize("alpha", [0.001, 0.05])
+@pytest.mark.parametrize("radius", [0.125, 0.25, 0.6])
+def test_a_radius_that_no_image_could_pass_says_how_many_votes_it_needs(radius, alpha):
+    """By hand: n votes that agree bound the share by alpha^(1/n), and Phi(R / sigma) must be below it."""
+    share = NormalDist().cdf(radius / 0.25)
+    needed = math.ceil(math.log(alpha) / math.log(share))
+    y = torch.zeros(3).long()
+    (short,) = unanimous(needed - 1, alpha=alpha).curve(y, [radius])
+    assert (short["accuracy"], short["needed"], short["num_votes"]) == (0.0, needed, needed - 1)
+    assert short["largest"] == pytest.approx(0.25 * NormalDist().inv_cdf(alpha ** (1 / (needed - 1))))
+    (enough,) = unanimous(needed, alpha=alpha).curve(y, [radius])
+    assert enough["accuracy"] == 1.0 and enough.keys() == {"eps", "accuracy", "low", "high"}
+
+
+def test_the_largest_radius_is_that_of_draws_that_agree():
+    for rule in ("vote", "mean_prob"):
+        found, y = unanimous(200, rule), torch.zeros(3).long()
+        assert found.largest == pytest.approx(float(found.radius[0]), rel=1e-6)
+        rows = found.curve(y, [0.0, found.largest / 2, 0.7, 0.9])
+        assert ["largest" in row for row in rows] == [False, False, True, True]
+        assert (rows[2]["needed"] is None) == (rule == "mean_prob")
+        said = found.table(y, [0.0, 0.7, 0.9])
+        assert "200 draws that all agree" in said and said.endswith("; nor a larger one")
+    assert out_of_reach(found.curve(y, [0.0])) == "" and "agree" not in found.table(y, [0.0])
 
 
 def test_a_seed_fixes_the_certificate_and_nothing_else_moves():

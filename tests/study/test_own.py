@@ -160,7 +160,16 @@ def test_certify_writes_radii_and_renews_the_page(saved, monkeypatch, tmp_path, 
     assert run(monkeypatch, "certify", str(saved), *votes) == 0
     assert (out / "certificate.json").read_bytes() == first, "no vote is drawn twice"
     assert (out / "report.html").read_bytes() == page
-    assert "each certificate false with probability at most 0.01" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("wrote"))
+    printed = " ".join(printed.split())
+    assert "each certificate false with probability at most 0.01" in printed
+    note = (
+        "50 draws that all agree certify radius 0.338 at most, so no image could pass 0.375, which needs 67"
+    )
+    assert note in printed and note in page.decode(), (
+        "by hand: 0.25 ndtri(0.01^(1/50)), log 0.01 / log Phi(1.5)"
+    )
 
 
 def test_report_makes_the_page_anew(saved, monkeypatch, tmp_path, capsys):

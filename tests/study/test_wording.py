@@ -115,6 +115,15 @@ def test_long_lists_are_for_those_who_ask():
     assert len(below[0]) < 22 < len(below[1])
 
 
+def test_a_certificate_that_no_image_could_get_is_no_zero_of_the_defense():
+    few = pd.Certificate(
+        torch.zeros(8).long(), torch.zeros(8), torch.ones(8), torch.full((8,), 20), 0.1, 0.001
+    )
+    said = " ".join(" ".join(lines(replace(result(), certificates={"rse": few}))).split())
+    assert "20 draws that all agree certify radius 0.0547 at most, so no image could pass 0.2, which" in said
+    assert "agree" not in " ".join(lines(result()))
+
+
 def test_one_gradient_is_no_gradients():
     assert _ranges("fgsm", [("gradients", 1.0, 1), ("queries", 1.0, 4), ("queries", 2.0, 4)]) == (
         "1 gradient (1 draw per call), 1 to 2 queries (4 draws per call)"

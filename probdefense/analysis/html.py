@@ -243,7 +243,7 @@ def _why(report: Report, judged: Row) -> str:
         f"{listed(names)} {'each leave' if len(names) > 1 else 'leaves'} {rest}"
         for rest, names in by_rest.items()
     ]
-    first = left[0] if len(next(iter(by_rest.values()))) > 1 else f"Strongest attack: {left[0]}"
+    first = f"Strongest attack{'s' * (len(next(iter(by_rest.values()))) > 1)}: {left[0]}"
     return f"{first}; then {', '.join(left[1:4])}." if left[1:] else f"{first}."
 
 

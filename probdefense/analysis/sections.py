@@ -15,6 +15,9 @@ from probdefense.tables import listed, points
 SMALLEST = 0.001
 """Probabilities below are not told apart."""
 
+LEVEL = 0.05
+"""Below this adjusted p-value two defenses are told apart."""
+
 MANY = 12
 """Of more pairs, those with the best defense are drawn and all are folded."""
 
@@ -135,8 +138,8 @@ def compared(comparison: Comparison | None, report: Report) -> list[Table]:
     kept = [row for row in shown if row["attack"] in ("clean", "worst")] or shown
     groups = [[r for r in kept if r["attack"] != "clean"], [r for r in kept if r["attack"] == "clean"]]
     caption = (
-        f"Percentage points; {comparison.scope}. A line that crosses the middle is no difference that these "
-        "images and draws can show."
+        f"Percentage points; {comparison.scope}. A gray line is no difference that these images and draws "
+        f"can show: it crosses the middle, or had to be clearer among so many pairs (p above {LEVEL:g})."
     )
     caption += f" Beware: {note}." if (note := unequal(report)) else ""
     tables: list[Table] = []
@@ -201,7 +204,7 @@ def _pairs(rows: list[Row], title: str, caption: str, folded: bool) -> Table:
 
 def _bar(row: Row, reach: float) -> Bar:
     low, high, at = (50 + 50 * row[name] / reach for name in ("low", "high", "difference"))
-    return Bar(low, high, at, 50.0, row["low"] > 0 or row["high"] < 0)
+    return Bar(low, high, at, 50.0, row["p_holm"] < LEVEL)
 
 
 def chance(value: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from probdefense.analysis.plots import norm_name
-from probdefense.analysis.sections import chance, columns_of, radius_of, ranked, unequal
+from probdefense.analysis.sections import LEVEL, chance, columns_of, radius_of, ranked, unequal
 from probdefense.checks.results import Checks, unapplied
 from probdefense.evaluation.certification import out_of_reach
 from probdefense.evaluation.comparison import Comparison
@@ -20,9 +20,6 @@ from probdefense.tables import format_table, listed, points
 HELD = "\N{NO-BREAK SPACE}"
 
 POINTER = "report.html has every pair and check"
-
-LEVEL = 0.05
-"""Below this adjusted p-value two defenses are told apart."""
 
 
 def lines(result: Result, width: int = 80, verbose: bool = False) -> list[str]:
@@ -174,8 +171,9 @@ def _range(found: list[float], kind: str) -> str:
 
 def _budget(result: Result) -> list[str]:
     asked = result.report.settings
+    epochs = f"{asked['epochs']} epoch{'s' * (asked['epochs'] != 1)}"
     return [
-        f"budget: {asked['epochs']} epochs, {asked['gradients']} gradients per image and attack,",
+        f"budget: {epochs}, {asked['gradients']} gradients per image and attack,",
         f"  at most {asked['suite_budget']} evaluations for the suite: so that it ends in minutes",
     ]
 

@@ -99,11 +99,20 @@ def with_rates(**rates):
 
 def test_attacks_that_leave_the_same_are_named_together(tmp_path):
     said = plain_text(write_html(with_rates(fgsm=0.1, pgd=0, suite=0), tmp_path).read_text())
-    assert "pgd and suite each leave 0 %; then fgsm leaves 10 %." in said and "Strongest" not in said
+    assert "Strongest attacks: pgd and suite each leave 0 %; then fgsm leaves 10 %." in said
     said = plain_text(write_html(with_rates(fgsm=0.1, pgd=0.02, suite=0.1), tmp_path).read_text())
     assert "Strongest attack: pgd leaves 2 %; then fgsm and suite each leave 10 %." in said
     said = plain_text(write_html(with_rates(fgsm=0, pgd=0.001), tmp_path).read_text())
-    assert "fgsm and pgd each leave 0 %. " in said
+    assert "Strongest attacks: fgsm and pgd each leave 0 %. " in said
+
+
+def test_a_line_is_gray_where_the_pair_is_not_told_apart(tmp_path):
+    """Not where its own interval leaves out 0, but where p does among all pairs, as in the terminal."""
+    row = {"attack": "clean", "eps": 0.0, "rule": "vote", "difference": 0.07, "low": 0.01, "high": 0.13}
+    row |= {"accuracy_a": 0.9, "accuracy_b": 0.83, "probability": 0.99, "num_examples": 9}
+    found = [row | {"a": "plain", "b": "noisy", "p_holm": p} for p in (0.04, 0.2)]
+    text = page(tmp_path, comparison=pd.Comparison(found, 1))
+    assert (text.count('class="line"'), text.count('class="line unclear"')) == (1, 1)
 
 
 def test_a_tie_is_said_and_has_no_sign(tmp_path):

@@ -7,6 +7,9 @@ from typing import Any
 PERCENT = ("accuracy", "low", "high", "difference")
 """Entries that tables show in percent, or in percentage points."""
 
+SMALLEST = 0.001
+"""Probabilities below are not told apart."""
+
 MOST = 60
 """So many rows a notebook shows."""
 
@@ -87,6 +90,18 @@ def points(difference: float) -> str:
     """
     text = f"{100 * difference:+z.1f}"
     return "tie" if text == "+0.0" else text
+
+
+def chance(value: float) -> str:
+    """A probability, with its ends cut where nothing can be told apart.
+
+    Examples:
+        >>> chance(0.25), chance(1e-9), chance(1 - 1e-9)
+        ('0.250', '< 0.001', '> 0.999')
+    """
+    if value < SMALLEST:
+        return f"< {SMALLEST:g}"
+    return f"> {1 - SMALLEST:g}" if 1 - value < SMALLEST else f"{value:.3f}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -59,6 +59,7 @@ def accuracy_chart(
         )
     eps = max(radii) if eps is None else eps
     rows = [r for r in report.rows if r["rule"] == rule and r["eps"] in (eps, 0.0)]
+    rows.sort(key=lambda row: (row["eps"] > 0, row["attack"] != "worst"))  # as in tables
     ax = new_axes(ax, (4.8, 0.9 + 0.21 * (len(rows) + 1.4 * len(report.defenses))))
     height, ticks = 0.0, []
     for defense in report.defenses:

@@ -10,10 +10,7 @@ from probdefense.evaluation.certification import Certificate, out_of_reach
 from probdefense.evaluation.comparison import Comparison
 from probdefense.evaluation.exports import per_image, told_apart
 from probdefense.evaluation.report import Report, Row
-from probdefense.tables import listed, points
-
-SMALLEST = 0.001
-"""Probabilities below are not told apart."""
+from probdefense.tables import chance, listed, points
 
 LEVEL = 0.05
 """Below this adjusted p-value two defenses are told apart."""
@@ -205,18 +202,6 @@ def _pairs(rows: list[Row], title: str, caption: str, folded: bool) -> Table:
 def _bar(row: Row, reach: float) -> Bar:
     low, high, at = (50 + 50 * row[name] / reach for name in ("low", "high", "difference"))
     return Bar(low, high, at, 50.0, row["p_holm"] < LEVEL)
-
-
-def chance(value: float) -> str:
-    """A probability, with its ends cut where nothing can be told apart.
-
-    Examples:
-        >>> chance(0.25), chance(1e-9), chance(1 - 1e-9)
-        ('0.250', '< 0.001', '> 0.999')
-    """
-    if value < SMALLEST:
-        return f"< {SMALLEST:g}"
-    return f"> {1 - SMALLEST:g}" if 1 - value < SMALLEST else f"{value:.3f}"
 
 
 def checked(checks: Mapping[str, Iterable[Check]], fired: bool) -> Table | None:

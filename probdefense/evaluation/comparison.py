@@ -16,7 +16,7 @@ import numpy as np
 
 from probdefense.evaluation.intervals import Spread, holm, mean_spread
 from probdefense.evaluation.report import Report, Row, check_report
-from probdefense.tables import format_table, html_table
+from probdefense.tables import chance, format_table, html_table
 from probdefense.validation import check_member
 
 COLUMNS = ("a", "b", "attack", "eps", "rule", "difference", "low", "high", "p_holm", "probability")
@@ -45,7 +45,13 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         title = "Comparison: difference in accuracy, a minus b, in points"
-        return html_table(self.rows, COLUMNS, title, notes=[self.scope])
+        return html_table(self._shown, COLUMNS, title, notes=[self.scope])
+
+    @property
+    def _shown(self) -> list[Row]:
+        """The rows with probabilities cut where nothing can be told apart."""
+        names = ("p", "p_holm", "probability")
+        return [row | {name: chance(row[name]) for name in names if name in row} for row in self.rows]
 
     @property
     def scope(self) -> str:
@@ -61,7 +67,7 @@ class Comparison:
 
     def table(self, columns: Sequence[str] = COLUMNS) -> str:
         """The rows as aligned text, differences in percentage points, under what they are about."""
-        return self.scope + "\n" + format_table(self.rows, columns)
+        return self.scope + "\n" + format_table(self._shown, columns)
 
 
 def compare(reports_a: Report | Sequence[Report], reports_b: Report | Sequence[Report]) -> Comparison:

@@ -216,9 +216,10 @@ def _draw(drawn: Drawn, place: Path) -> None:
     from matplotlib import pyplot
 
     from probdefense import analysis
+    from probdefense.analysis.sections import ranked
 
     with steady():
-        figure = analysis.accuracy_chart(drawn.report).figure
+        figure = analysis.accuracy_chart(ranked(drawn.report)).figure
         figure.savefig(place / "robustness.png", format="png", dpi=150, bbox_inches="tight")
         pyplot.close(figure)
         analysis.write_html(

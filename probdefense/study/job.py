@@ -248,10 +248,11 @@ def write(result: Result, folder: Path) -> list[str]:
 
 def _write(result: Result, folder: Path) -> None:
     from probdefense import analysis
+    from probdefense.analysis.sections import ranked
 
     report = result.report
     report.save(folder)
-    figure = analysis.accuracy_chart(report).figure
+    figure = analysis.accuracy_chart(ranked(report)).figure
     figure.savefig(folder / "robustness.png", format="png", dpi=150, bbox_inches="tight")
     analysis.write_html(
         report,

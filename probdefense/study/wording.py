@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from probdefense.analysis.plots import norm_name
-from probdefense.analysis.sections import LEVEL, chance, columns_of, radius_of, ranked, unequal
+from probdefense.analysis.sections import LEVEL, columns_of, radius_of, ranked, unequal
 from probdefense.checks.results import Checks, unapplied
 from probdefense.evaluation.certification import out_of_reach
 from probdefense.evaluation.comparison import Comparison
@@ -15,7 +15,7 @@ from probdefense.evaluation.report import Report, Row
 from probdefense.study.job import Result
 from probdefense.study.opponents import OTHER_NORMS
 from probdefense.study.request import JUDGE
-from probdefense.tables import format_table, listed, points
+from probdefense.tables import chance, format_table, listed, points
 
 HELD = "\N{NO-BREAK SPACE}"
 

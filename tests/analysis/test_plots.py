@@ -64,6 +64,13 @@ def nothing_is_cut(ax):
     return all(page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes)
 
 
+def test_the_chart_has_the_order_of_the_tables():
+    found = report()
+    found.rows += [row | {"attack": "worst"} for row in found.rows if row["attack"] == "pgd"]
+    named = [label.get_text() for label in analysis.accuracy_chart(found).get_yticklabels()]
+    assert named == ["clean", "worst", "fgsm", "pgd"] * 2
+
+
 def test_the_chart_has_one_dot_per_row_at_the_largest_radius():
     ax = analysis.accuracy_chart(report())
     assert [float(xy[0, 0]) for xy in dots(ax)] == pytest.approx([0.9, 0.7, 0.3, 0.8, 0.6, 0.2])

@@ -1,5 +1,7 @@
 """`compare`: paired differences, what they are about, and how sure one can be."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,8 @@ def test_one_seed_is_about_networks_and_several_about_methods():
     assert one.scope.startswith("one training seed: about these networks, not these methods")
     assert several.scope == "4 training seeds: about these methods, trained anew"
     assert one.table().startswith(one.scope) and several.rows[0]["num_seeds"] == 4
+    sure = replace(one, rows=[row | {"p_holm": 1e-24, "probability": 1 - 1e-9} for row in one.rows])
+    assert "< 0.001  > 0.999" in sure.table() and "<td>&lt; 0.001</td><td>&gt; 0.999" in sure._repr_html_()
     assert several.rows[0]["high"] - several.rows[0]["low"] < one.rows[0]["high"] - one.rows[0]["low"]
 
 

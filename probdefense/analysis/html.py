@@ -48,6 +48,20 @@ CAN = "They could show that the number is too high, not that it is good."
 """What checks are able to say."""
 
 
+WORDS = {
+    "num_samples": "draws behind every verdict",
+    "num_examples": "test images used",
+    "images": "test images asked for",
+    "adaptive_images": "test images for a defense that adapts",
+    "gradients": "gradients per image and attack",
+    "suite_budget": "evaluations per image of the suite",
+    "checked": "test images for checks",
+    "check_gradients": "gradients per image and check",
+    "votes": "votes per certificate",
+}
+"""Settings whose names alone do not tell them apart."""
+
+
 class Verdict(NamedTuple):
     """One sentence about a defense, beside its number, and why."""
 
@@ -248,12 +262,16 @@ def _why(report: Report, judged: Row) -> str:
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:
-    asked = {name: value for name, value in report.settings.items() if name != "versions"}
+    """What was asked for and used, in words; what is said twice or says nothing is left out."""
     versions = report.settings.get("versions") or {
         "probdefense": probdefense.__version__,
         **{name: metadata.version(name) for name in ("torch", "pyro-ppl")},
     }
-    return [(str(name), _plain(value)) for name, value in [*asked.items(), *versions.items()]]
+    asked = {name: value for name, value in report.settings.items() if name not in ("versions", *versions)}
+    if asked.get("images") == asked.get("num_examples"):
+        asked.pop("images", None)
+    kept = [(name, value) for name, value in (asked | versions).items() if value is not None]
+    return [(WORDS.get(name, str(name)), _plain(value)) for name, value in kept]
 
 
 def _plain(value: Any) -> str:

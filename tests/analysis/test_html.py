@@ -115,6 +115,16 @@ def test_a_line_is_gray_where_the_pair_is_not_told_apart(tmp_path):
     assert (text.count('class="line"'), text.count('class="line unclear"')) == (1, 1)
 
 
+def test_settings_say_what_was_asked_and_what_was_used_and_nothing_twice(tmp_path):
+    asked = {"norm": "inf", "images": 1000, "num_examples": 360, "draw_chunk": None, "torch": "2.9"}
+    whole = pd.Report(with_rates(pgd=0.1).rows, asked | {"versions": {"torch": "2.9"}})
+    text = plain_text(write_html(whole, tmp_path).read_text()).partition("Settings and versions")[2]
+    assert "test images asked for 1000 test images used 360" in text
+    assert text.count("torch") == 1 and "draw_chunk" not in text
+    whole.settings["images"] = 360
+    assert "asked for" not in plain_text(write_html(whole, tmp_path).read_text())
+
+
 def test_a_tie_is_said_and_has_no_sign(tmp_path):
     data, net = (torch.rand(20, 4), torch.randint(3, (20,))), nn.Linear(4, 3)
     same = sum(pd.evaluate(pd.deterministic(net), data, name=name) for name in "ab")

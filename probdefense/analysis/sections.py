@@ -80,7 +80,24 @@ def accuracies(report: Report) -> Table:
         [Cell(defense), Cell(rule), *(share(found.get(place)) for place in places)]
         for (defense, rule), found in lines.items()
     ]
-    return Table("Accuracy", "In %, with 95 % intervals.", ["defense", "rule", *places.values()], rows)
+    about = f"In %, with 95 % intervals. {by_chance(report)}".strip()
+    return Table("Accuracy", about, ["defense", "rule", *places.values()], rows)
+
+
+def by_chance(report: Report) -> str:
+    """What to say where the worst case lies above one of its attacks; else empty."""
+    least: dict[tuple[Any, ...], float] = {}
+    for row in report.rows:
+        if row["attack"] not in ("clean", "worst"):
+            place = row["defense"], row["rule"], row["eps"]
+            least[place] = min(row["accuracy"], least.get(place, 1.0))
+    worst = [row for row in report.rows if row["attack"] == "worst"]
+    if not any(row["accuracy"] > least.get((row["defense"], row["rule"], row["eps"]), 1.0) for row in worst):
+        return ""
+    return (
+        "The worst case may lie above a single attack by chance: which point is the hardest of an image is "
+        "decided on other draws than the verdict."
+    )
 
 
 def columns_of(report: Report) -> dict[tuple[str, float], str]:

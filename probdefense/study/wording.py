@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from probdefense.analysis.plots import norm_name
-from probdefense.analysis.sections import LEVEL, columns_of, radius_of, ranked, unequal
+from probdefense.analysis.sections import LEVEL, by_chance, columns_of, radius_of, ranked, unequal
 from probdefense.checks.results import Checks, unapplied
 from probdefense.evaluation.certification import out_of_reach
 from probdefense.evaluation.comparison import Comparison
@@ -31,7 +31,7 @@ def lines(result: Result, width: int = 80, verbose: bool = False) -> list[str]:
         verbose: Whether every pair, note and piece of advice is said, and not only counted.
     """
     report, rows = result.report, result.report.rows
-    notes = [*_budget(result), _spent(rows), *_certificates(result)]
+    notes = [*_budget(result), _spent(rows), *_certificates(result), *_worst(report)]
     notes += [*_other_norms(rows), *_priors(rows)] if verbose else []
     checks, pairs = _checks(result.checks, report, verbose), _pairs(result.comparison, report, verbose)
     pointer = [] if verbose else [f"{POINTER}; --verbose prints them here"]
@@ -44,7 +44,14 @@ def judged(
     """The same of what ``evaluate`` and ``report`` have: accuracies, what they cost, checks and pairs."""
     said, pairs = _checks(checks or {}, report, verbose=False), _pairs(comparison, report, verbose=False)
     pointer = [POINTER] if said or pairs else []
-    return _laid([_accuracies(report, width, {}), [_spent(report.rows)], said, pairs, pointer], width)
+    notes = [_spent(report.rows), *_worst(report)]
+    return _laid([_accuracies(report, width, {}), notes, said, pairs, pointer], width)
+
+
+def _worst(report: Report) -> list[str]:
+    """The note on a worst case above one of its attacks, if there is one."""
+    note = by_chance(report)
+    return [f"{note[0].lower()}{note[1:-1]}"] if note else []
 
 
 def _laid(groups: Iterable[list[str]], width: int) -> list[str]:

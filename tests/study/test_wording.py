@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import probdefense as pd
+from probdefense.analysis.sections import accuracies
 from probdefense.checks import Check
 from probdefense.checks.results import Checks
 from probdefense.evaluation.report import Report, proportion
@@ -147,6 +148,15 @@ def test_worst_cases_of_other_attacks_are_not_compared_in_silence():
     said = " ".join(" ".join(judged(both, pd.compare_all(both, rule="mean_prob"), None)).split())
     assert "not of the same attacks (rse eot_pgd, fgsm, square and suite; none eot_pgd)" in said
     assert "not of the same attacks" not in " ".join(lines(result()))
+
+
+def test_a_worst_case_above_an_attack_is_explained():
+    found = planted(("rse",), attacks=("clean", "eot_pgd", "worst"))
+    assert "by chance" not in " ".join(judged(found, None, None))
+    found.rows = [row | {"accuracy": 0.9} if row["attack"] == "worst" else row for row in found.rows]
+    said = " ".join(" ".join(judged(found, None, None)).split())
+    assert "the worst case may lie above a single attack by chance" in said
+    assert "The worst case may lie above a single attack by chance" in accuracies(found).caption
 
 
 def pairs(**accuracies):

@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # which fills paragraphs to the width
 )
 
 OTHERS = r"(arviz|jax|matplotlib|numpyro|pandas|xarray)\b"

@@ -27,6 +27,13 @@ def test_help_and_version_load_no_torch(options):
     assert "probdefense" in answer.stdout or "Usage" in answer.stdout
 
 
+def test_paragraphs_of_the_help_fill_the_width(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    run(monkeypatch, "compare", "--help")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "posterior.nc; study.toml, which runs it again; and a folder defenses, with a" in lines
+
+
 def test_the_package_is_the_command():
     command = [sys.executable, "-m", "probdefense", "--version"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -120,8 +120,8 @@ def write_html(
     details = [
         *compared(comparison, report),
         certified(certificates, report),
-        checked(by_name, fired=True),
-        checked(by_name, fired=False),
+        checked(by_name, report, fired=True),
+        checked(by_name, report, fired=False),
         spent(report),
     ]
     given = images if isinstance(images, Mapping) else {"": images} if images is not None else {}

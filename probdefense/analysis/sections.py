@@ -148,7 +148,7 @@ def compared(comparison: Comparison | None, report: Report) -> list[Table]:
     if comparison is None:
         return []
     reach = max(row["eps"] for row in comparison.rows)
-    shown = _in_order([row for row in comparison.rows if row["eps"] in (0.0, reach)], report.defenses)
+    shown = in_order([row for row in comparison.rows if row["eps"] in (0.0, reach)], report.defenses)
     kept = [row for row in shown if row["attack"] in ("clean", "worst")] or shown
     groups = [[r for r in kept if r["attack"] != "clean"], [r for r in kept if r["attack"] == "clean"]]
     caption = (
@@ -168,7 +168,7 @@ def compared(comparison: Comparison | None, report: Report) -> list[Table]:
     return tables
 
 
-def _in_order(rows: list[Row], order: Sequence[str]) -> list[Row]:
+def in_order(rows: list[Row], order: Sequence[str]) -> list[Row]:
     """Pairs as the names stand in `order`; names that do not stand there last, as they come."""
     place = {name: number for number, name in enumerate(order)}
 
@@ -221,7 +221,12 @@ def _bar(row: Row, reach: float) -> Bar:
     return Bar(low, high, at, 50.0, row["p_holm"] < LEVEL)
 
 
-def checked(checks: Mapping[str, Iterable[Check]], fired: bool) -> Table | None:
+def of_first(report: Report) -> str:
+    """What to say of checks and certificates, which are those of one training of several."""
+    return "of the first training seed" if report.rows[0].get("num_seeds") else ""
+
+
+def checked(checks: Mapping[str, Iterable[Check]], report: Report, fired: bool) -> Table | None:
     """The checks that fired or cannot tell, or the others."""
     shown = [
         (name, check)
@@ -240,6 +245,7 @@ def checked(checks: Mapping[str, Iterable[Check]], fired: bool) -> Table | None:
         else "A check can show that a number is too good to be true. That none fires does not show that it "
         "is true, nor that it is high."
     )
+    about += f" They are {seed}." if (seed := of_first(report)) else ""
     columns = ["defense", "check", "verdict", "evidence"]
     return Table(title, about, columns, rows, folded=not fired) if rows else None
 
@@ -267,6 +273,7 @@ def certified(certificate: Mapping[str, Any], report: Report) -> Table | None:
         by_radius = {row["eps"]: row for row in rows}
         lines.append([Cell(name), *(share(by_radius.get(radius)) for radius in radii)])
     about = "In %, with 95 % intervals: right, and the infinite vote is the same up to the radius."
+    about += f" They are {seed}." if (seed := of_first(report)) else ""
     about += f" {_meaning(report)}"
     notes: dict[str, list[str]] = {}
     for name, rows in found.items():

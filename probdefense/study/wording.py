@@ -6,7 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from probdefense.analysis.plots import norm_name
-from probdefense.analysis.sections import LEVEL, by_chance, columns_of, radius_of, ranked, unequal
+from probdefense.analysis.sections import (
+    LEVEL,
+    by_chance,
+    columns_of,
+    in_order,
+    of_first,
+    radius_of,
+    ranked,
+    unequal,
+)
 from probdefense.checks.results import Checks, unapplied
 from probdefense.evaluation.certification import out_of_reach
 from probdefense.evaluation.comparison import Comparison
@@ -209,6 +218,7 @@ def _certificates(result: Result) -> list[str]:
             text += f"; {norm_name(found.norm)} is another ball than the one attacked"
         if note := out_of_reach([_at(result, name, radius_of(result.report))]):
             text += f"; {note}"
+        text += f"; {seed}" if (seed := of_first(result.report)) else ""
         about.setdefault(text, []).append(name)
     return [
         f"certificate, {', '.join(names)}: of the infinite vote, not of {draws} draws; {text}"
@@ -222,7 +232,8 @@ def _checks(checks: Mapping[str, Checks], report: Report, verbose: bool) -> list
         return []
     asked = report.settings
     budget = f"{asked['checked']} images, {asked['check_gradients']} gradients per image"
-    said = [f"checks at {budget}, which is little; checks.run takes more"]
+    seed = f" {of_first(report)}" if of_first(report) else ""
+    said = [f"checks{seed} at {budget}, which is little; checks.run takes more"]
     for name, found in ((name, checks[name]) for name in ranked(report).defenses if name in checks):
         doubts = [*found.fired, *found.unsure]
         names = ", ".join(f"{check.name} ({check.verdict})" for check in doubts)
@@ -248,7 +259,7 @@ def _pairs(comparison: Comparison | None, report: Report, verbose: bool) -> list
         return []
     rows = comparison.rows
     hardest = "worst" if any(row["attack"] == "worst" for row in rows) else rows[-1]["attack"]
-    rows = [row for row in rows if row["attack"] == hardest]
+    rows = in_order([row for row in rows if row["attack"] == hardest], ranked(report).defenses)
     title = f"pairs under {hardest}, in points; {comparison.scope}"
     title += f"; {unequal(report)}" if hardest == "worst" and unequal(report) else ""
     if verbose:

@@ -109,7 +109,8 @@ def test_long_lists_are_for_those_who_ask():
     short, whole = lines(result()), lines(result(), verbose=True)
     assert "report.html has every pair and check" in short[-1] and "--verbose" in short[-1]
     assert sum("P(" in line for line in whole) == 6 and not any("P(" in line for line in short)
-    assert any("madry is above none (+12.0); not told apart from adv_bnn (+8.0)" in line for line in short)
+    said = " ".join(" ".join(short).split())
+    assert "madry is above none (+12.0); not told apart from rse (+4.0), adv_bnn (+8.0)" in said
     assert sum("attack without gradients" in line for line in whole) >= 4 * 1
     assert not any("attack without gradients" in line for line in short)
     below = [found[next(k for k, line in enumerate(found) if "budget" in line) :] for found in (short, whole)]
@@ -159,6 +160,15 @@ def test_a_worst_case_above_an_attack_is_explained():
     assert "The worst case may lie above a single attack by chance" in accuracies(found).caption
 
 
+def test_what_is_of_one_training_of_several_says_so():
+    found = result()
+    assert "training seed at" not in " ".join(lines(found))
+    rows = [row | {"num_seeds": 3, "seed_spread": 0.01} for row in found.report.rows]
+    said = " ".join(" ".join(lines(replace(found, report=replace(found.report, rows=rows)))).split())
+    assert "checks of the first training seed at 50 images" in said
+    assert "another ball than the one attacked; of the first training seed" in said
+
+
 def pairs(**accuracies):
     """What is said of pairs under one attack, whose planted rates differ on examples of 1000."""
     reports = []
@@ -184,7 +194,7 @@ def test_a_tie_is_said_as_a_tie_and_what_is_not_told_apart_has_no_winner():
 
 def test_every_pair_says_a_tie_and_small_probabilities_as_what_they_are():
     found = lines(result(("none", "rse", "pni"), certified=False), verbose=True)
-    assert any("P(none is better) = 0." in line for line in found)
+    assert any(line.startswith("  pni - rse: +4.0 [") and "P(pni is better) = 0." in line for line in found)
     row = {"a": "x", "b": "y", "difference": -0.0001, "low": -0.02, "high": 0.01}
     assert _pair(row | {"probability": 1e-9, "p_holm": 1.0}) == (
         "  x - y: tie [-2.0, 1.0], P(x is better) < 0.001, p > 0.999 (Holm)"

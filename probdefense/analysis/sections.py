@@ -274,7 +274,7 @@ def certified(certificate: Mapping[str, Any], report: Report) -> Table | None:
         lines.append([Cell(name), *(share(by_radius.get(radius)) for radius in radii)])
     about = "In %, with 95 % intervals: right, and the infinite vote is the same up to the radius."
     about += f" They are {seed}." if (seed := of_first(report)) else ""
-    about += f" {_meaning(report)}"
+    about += f" {_meaning(report, {each.norm for each in certificate.values() if hasattr(each, 'norm')})}"
     notes: dict[str, list[str]] = {}
     for name, rows in found.items():
         notes.setdefault(out_of_reach(rows), []).append(name)
@@ -302,9 +302,12 @@ def _curve(report: Report, name: str, certificate: Any) -> Sequence[Row]:
     return certificate.curve(y, steps)
 
 
-def _meaning(report: Report) -> str:
-    """How far the radius of the report reaches in the norm of a usual certificate."""
+def _meaning(report: Report, norms: set[float]) -> str:
+    """How far the radius of the report reaches in the norm of a usual certificate; others are named."""
     eps, pixels = radius_of(report), report.settings.get("pixels")
+    if norms - {2.0}:
+        names = listed([norm_name(norm) for norm in sorted(norms)])
+        return f"Radii are {names}, those of the attacks {norm_name(report)}."
     if norm_name(report) != "l-inf" or not pixels or not eps:
         return (
             "Radii are L2 unless the certificate says otherwise, those of the attacks "

@@ -1,6 +1,7 @@
 """The page says the verdict first, with the numbers of the report, and stands alone."""
 
 import html
+import math
 import re
 import shutil
 import subprocess
@@ -224,6 +225,14 @@ def test_a_report_takes_the_objects_as_they_are(tmp_path):
         "an L2 length of up to 1.2: a certificate at L2 0.2 says nothing about them" in text
     )  # 0.2 * sqrt(36)
     assert one.to_html(tmp_path).name == "report.html"
+
+
+def test_the_norm_of_a_certificate_is_its_own(tmp_path):
+    defense, (x, y) = pd.defenses.rse(tiny_net()), tiny_batch(6)
+    one = pd.evaluate(defense, (x, y), {"fgsm": pd.attacks.fgsm}, eps=0.2, num_samples=4, seed=0)
+    certificate = pd.certify(defense, x, n0=10, n=50, seed=0, norm=math.inf)
+    text = plain_text(one.to_html(tmp_path, certificates=certificate).read_text())
+    assert "Radii are l-inf, those of the attacks l-inf." in text and "L2" not in text
 
 
 def test_a_report_of_several_compares_them_and_wants_results_by_name(tmp_path):

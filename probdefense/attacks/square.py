@@ -28,6 +28,9 @@ HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 NOISY_RIVALS = 7
 """Candidates per step on a random defense."""
 
+NOISY_STEPS = 32
+"""Steps beyond which a budget buys surer answers on a random defense: noise would choose among more."""
+
 
 @attack
 def square(
@@ -48,7 +51,8 @@ def square(
     r"""Square attack, $x_{t+1} = \arg\max_{x' \in \{x_t, \Pi(x_t + \text{square})\}} \ell(x')$.
 
     On a random defense every step asks about the incumbent again, beside seven candidates: a lucky
-    answer would never be beaten if it were remembered, and the best of several stands out from noise.
+    answer would never be beaten if it were remembered, and the best of several stands out from noise. A
+    larger budget goes into more draws per answer, as soon as it pays for 32 steps twice.
 
     Args:
         logits_fn: What is attacked.
@@ -87,12 +91,15 @@ def square(
     best = ball.project(x + _start(ball, rng).view_as(x))
     value = queries.values(best.unsqueeze(0))
     num_steps = queries.rounds(rivals + int(queries.stochastic))
+    answers = max(1, num_steps // NOISY_STEPS) if queries.stochastic else 1
+    num_steps //= answers
     for number in track(range(num_steps), "square"):
         share = area / 2 ** sum(number > limit * num_steps for limit in HALVINGS)
         delta = _planes(best - x)
         moved = [MOVES[norm](delta, ball, share, rng).view_as(x) for _ in range(rivals)]
         points = torch.stack([best, *(ball.project(x + move) for move in moved)])
-        fresh = queries.values(points if queries.stochastic else points[1:])
+        asked = points if queries.stochastic else points[1:]
+        fresh = torch.stack([queries.values(asked) for _ in range(answers)]).mean(0)
         value, winner = (fresh if queries.stochastic else torch.cat([value, fresh])).max(0, keepdim=True)
         best = points[winner[0], torch.arange(len(x), device=x.device)]
     return best

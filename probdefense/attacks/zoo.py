@@ -34,7 +34,7 @@ def zoo(
     *,
     c: float | None = None,
     init_c: float = 1.0,
-    num_searches: int = 4,
+    num_searches: int | None = None,
     num_coordinates: int = 32,
     learning_rate: float = 0.05,
     h: float | None = None,
@@ -58,7 +58,7 @@ def zoo(
         c: $c$ fixed, one run, in squared pixels per twentieth of the spread of the logits at `x`, which is
             about a nat; searched per example by default.
         init_c: Where the search starts; it grows tenfold until a run succeeds, then bisects.
-        num_searches: Runs of the search.
+        num_searches: Runs of the search; by default as many, from 1 to 4, as move every pixel 8 times each.
         num_coordinates: Pixels moved per step, two queries each.
         learning_rate: Of Adam, in pixels.
         h: $h$ in pixels; by default the step at which the slope stands out from the noise of the
@@ -90,12 +90,13 @@ def zoo(
     queries = Queries(logits_fn, x, goal, max_queries, num_samples=None if frozen else 1, frozen=frozen)
     count = min(num_coordinates, x[0].numel())
     width = fitted_width(queries, x, _pixels(rng, min(PROBES, count), x)) if h is None else h
-    num_runs = num_searches if c is None else 1
-    num_steps = queries.rounds(2 * count, reserve=queries.settling) // num_runs
+    num_steps = queries.rounds(2 * count, reserve=queries.settling)
+    most = max(1, min(4, num_steps * count // (8 * x[0].numel())))
+    num_runs = 1 if c is not None else num_searches or most
     weight = torch.full((len(x),), init_c if c is None else c, dtype=x.dtype, device=x.device)
     low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
     for _ in track(range(num_runs), "zoo"):
-        found = _descend(queries, closest, weight, num_steps, count, width, learning_rate, rng)
+        found = _descend(queries, closest, weight, num_steps // num_runs, count, width, learning_rate, rng)
         low, high = torch.where(found, low, weight), torch.where(found, weight, high)
         weight = torch.where(high < torch.inf, (low + high) / 2, 10 * weight)
     goal = queries.goal._replace(sure=logits_fn.stochastic)

@@ -69,6 +69,48 @@ def test_random_defenses_fall_without_gradients(name, random_digits):
     assert share_right(defense, x_adv, y[:30]) <= 0.25
 
 
+class Hidden:
+    """A linear margin under noise of twice what the whole ball is worth; it answers with one draw."""
+
+    stochastic = True
+    weights = torch.randn(64, generator=torch.Generator().manual_seed(0)) / 8
+
+    def __call__(self, x, num_samples=None):
+        z = (x.flatten(1) - 0.5) @ self.weights + torch.randn(1, len(x))
+        return torch.stack([z, -z], -1)
+
+
+def test_square_gains_from_a_larger_budget_under_noise():
+    x, y = torch.full((40, 1, 8, 8), 0.5), torch.zeros(40, dtype=torch.long)
+    most = 0.1 * float(Hidden.weights.abs().sum())
+    reached = [
+        -float(
+            (
+                (square(Hidden(), x, y, eps=0.1, max_queries=n, seed=0) - 0.5).flatten(1) @ Hidden.weights
+            ).mean()
+        )
+        for n in (1000, 16_000)
+    ]
+    assert reached[1] > 0.2 * most > 2 * reached[0]
+
+
+def test_zoo_spends_a_small_budget_on_one_run():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(784, 3)
+    torch.nn.init.normal_(net.weight, std=0.1)
+    x = 0.3 + 0.4 * torch.rand(20, 784)
+    y = net(x).argmax(1)
+    left = [
+        float(
+            (net(zoo(pd.deterministic(net), x, y, max_queries=2500, seed=0, **runs)).argmax(1) == y)
+            .float()
+            .mean()
+        )
+        for runs in ({}, {"num_searches": 4})
+    ]
+    assert left[0] < 0.5 < left[1]
+
+
 def test_zoo_finds_far_points_of_random_defenses_without_gradients(random_digits):
     defense, (x, y) = random_digits
     x_adv = zoo(defense.samples(1), x[:20], y[:20], max_queries=6000, num_searches=3, seed=0)

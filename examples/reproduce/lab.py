@@ -85,12 +85,12 @@ class Lab:
         """A fresh network for the data."""
         return small_net(self.data)
 
-    def inner_attack(self, **options: Any) -> Any:
+    def inner_attack(self, eps: float | None = None, **options: Any) -> Any:
         """The inner maximization of one adversarial training: PGD whose radius grows, counting its steps."""
         grows = self.sizes.get("warm_up", 0.1)
         steps = max(1, round(grows * self.epochs * -(-self.num_data // self.batch_size)))
         inner = partial(attacks.pgd, num_steps=self.sizes.get("inner_steps", 4), **options)
-        return objectives.warm_up(inner, eps=self.eps, num_steps=steps)
+        return objectives.warm_up(inner, eps=self.eps if eps is None else eps, num_steps=steps)
 
     def adversarial(self, objective: Any = objectives.elbo) -> Any:
         """The objective on attacked images."""

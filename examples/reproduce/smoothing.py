@@ -45,7 +45,7 @@ PAPER = {
 
 
 def objective(lab: Lab, name: str, sigma: float) -> Any:
-    """What is minimized; the radius of the attack grows from 0, as in the original, or large noise collapses."""
+    """What is minimized; the radius of the attack grows from 0, without which large noise collapses."""
     if name == "consistency":
         return objectives.consistency(objectives.elbo, num_samples=2, weight=5.0)
     if name == "smooth_adversarial":

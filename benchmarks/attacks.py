@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import probdefense as pd
+from benchmarks import peers
 from benchmarks.measure import Variants, benchmark, quartiles, timed
 from benchmarks.nets import cnn, digits_nets
 from probdefense.attacks import pgd
@@ -98,15 +99,7 @@ def _loops(batch: int, device: torch.device) -> dict[str, Any]:
         "floor": lambda: hand_written(net, x, y, 0.2, 10),
         "ours": partial(pgd, pd.deterministic(net), x, y, eps=0.2, num_steps=10),
     }
-    try:
-        import foolbox
-
-        peer = foolbox.PyTorchModel(net, bounds=(0, 1), device=device)
-        attack = foolbox.attacks.LinfPGD(steps=10, rel_stepsize=0.25)
-        found["foolbox"] = lambda: attack(peer, x, y, epsilons=0.2)
-    except ImportError:
-        pass
-    return found
+    return found | peers.attacks(net, x, y, 0.2, 10)
 
 
 @benchmark(

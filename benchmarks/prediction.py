@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import probdefense as pd
+from benchmarks import peers
 from benchmarks.measure import Variants, benchmark, quartiles, timed
 from benchmarks.nets import cnn, digits_nets, mlp
 
@@ -41,10 +42,12 @@ def predict_weights(device: torch.device) -> Variants:
     net, x = cnn().to(device).eval(), torch.rand(1, 1, 28, 28, device=device)
     size = sum(p.numel() for p in net.parameters())
     bayesian = pd.defenses.bayesian(net).eval()
+    others = {name: held(run) for name, run in peers.predictions(net, x, DRAWS).items()}
     return {
         "floor": held(partial(forwards, net, x, DRAWS, size)),
         "forwards alone": held(partial(forwards, net, x, DRAWS)),
         "ours": lambda: pd.predict(bayesian, x, DRAWS),
+        **others,
     }
 
 

@@ -13,6 +13,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 import probdefense as pd
+from benchmarks import peers
 from benchmarks.measure import Variants, benchmark
 from benchmarks.nets import cnn, many_tensors, mlp
 from benchmarks.prediction import uses
@@ -105,8 +106,9 @@ def steps(make: Callable[[], nn.Module], shape: tuple[int, ...], device: torch.d
 
 @benchmark("svi-cnn", "SVI step, CNN 100k, B=128 / deterministic Adam", 1.05, rounds=25)
 def svi_cnn(device: torch.device) -> Variants:
-    found = steps(cnn, (128, 1, 28, 28), device)
-    return found | {"stock Pyro": stock_step(cnn().to(device), *batch((128, 1, 28, 28), device))}
+    found, given = steps(cnn, (128, 1, 28, 28), device), batch((128, 1, 28, 28), device)
+    found |= {"stock Pyro": stock_step(cnn().to(device), *given)}
+    return found | peers.steps(cnn().to(device), *given)
 
 
 @benchmark(

@@ -48,8 +48,8 @@ Made by `python -m benchmarks`; nothing here is written by hand. Variants of a r
 is the median over rounds of the ratio within a round, by CPU time of one thread on a CPU and by wall time on
 a GPU: absolute times of a shared machine are noise. Brackets hold quartiles, and for a difference of
 accuracies its 95 % interval. *Before* was measured when the targets were set, on another machine; *by hand*
-is the same work written with torch alone. Other libraries are measured where they are installed (`pip install foolbox
-pyautoattack torchattacks bayesian-torch torch-blue`).
+is the same work written with torch alone. Other libraries are measured where they are installed (`pip install
+foolbox pyautoattack torchattacks bayesian-torch torch-blue`).
 
 """
 

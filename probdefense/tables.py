@@ -1,5 +1,6 @@
 """Rows as aligned text, and as the HTML that a notebook shows."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -49,9 +50,17 @@ def html_table(
 def markdown_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str], percent: Sequence[str] = PERCENT
 ) -> str:
-    """Rows as a table of Markdown."""
+    """Rows as a table of Markdown; names are shown as they are written."""
     lines = [list(columns), ["---"] * len(columns), *_cells(rows, columns, percent)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(re.sub(MARKED, _marked, cell) for cell in line)} |" for line in lines)
+
+
+MARKED = r"[\\`*<|]|&(?=#?\w+;)"
+"""What Markdown would read as marks of its own; a single underscore within a word it leaves alone."""
+
+
+def _marked(found: re.Match[str]) -> str:
+    return f"\\{found[0]}"
 
 
 def latex_table(
@@ -120,4 +129,4 @@ def _cell(value: Any, percent: bool) -> str:
         return "-"
     if percent:
         return f"{100 * value:z.1f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split("\n"))

@@ -24,7 +24,10 @@ def test_markdown_by_hand():
         "| name | accuracy | eps |",
         "| --- | --- | --- |",
         r"| a\|b_c | 12.5 | 0.1 |",
-        "| <x> 50 % | - | 2 |",
+        r"| \<x> 50 % | - | 2 |",
+    ]
+    assert markdown_table([{"k": "*a* `b` \\ &amp;\nc"}], ["k"]).splitlines()[2:] == [
+        r"| \*a\* \`b\` \\ \&amp; c |"
     ]
 
 

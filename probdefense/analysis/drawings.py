@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from probdefense.prediction.predictive import Prediction
 from probdefense.types import Inputs, Labels
-from probdefense.validation import check_inputs, check_kind, check_labels, check_like
+from probdefense.validation import check_inputs, check_kind, check_labels, check_same
 
 MOST = 8
 """So many images are shown."""
@@ -27,8 +28,10 @@ def inline_svg(figure: Any, prefix: str, **options: Any) -> str:
     """
     from matplotlib import pyplot, rc_context
 
-    text = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "probdefense"}):
+    text, options = io.StringIO(), {"bbox_inches": "tight", "pad_inches": 0.04} | options
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "probdefense"}), warnings.catch_warnings():
+        # Letters stay letters, which the reader's browser draws with fonts of its own.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None}, **options)
     pyplot.close(figure)
     svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
@@ -64,7 +67,7 @@ def attacked_row(
     Raises:
         ValueError: something that is not of these images, or no images of one or three channels.
     """
-    check_like(x_adv, check_inputs(x), "x_adv")
+    check_same(x_adv, check_inputs(x), "x_adv")
     check_labels(y, len(x))
     for name, prediction in (("before", before), ("after", after)):
         check_kind(name, prediction, Prediction, "probdefense.predict(...) makes one")

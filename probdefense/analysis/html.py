@@ -38,7 +38,7 @@ from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.files import whole
 from probdefense.tables import listed
 from probdefense.types import Inputs
-from probdefense.validation import check_kind
+from probdefense.validation import check_kind, check_member
 
 DARK = ("#56a8e0", "#f28a4b", "#3cc49a", "#e0a2c4", "#f0b84a", "#8fcbf0", "#c2a063")
 """`COLORS` on a dark page, in the same order."""
@@ -168,13 +168,16 @@ def _by_name(report: Report, given: Any, kind: type, name: str) -> dict[str, Any
     """Results by defense; one alone is that of the one defense.
 
     Raises:
-        ValueError: one for several defenses.
+        TypeError: neither results of the class nor a list of what they consist of.
+        ValueError: one for several defenses, or of a defense that is not in the report.
     """
     if not isinstance(given, kind):
         way = f"give one {kind.__name__}, or a dict of them by the names of the defenses"
         check_kind(name, {} if given is None else given, Mapping, way)
-        order = [*(each for each in report.defenses if each in (given or {})), *(given or {})]
-        return {each: given[each] for each in order}
+        for each in given or {}:
+            check_member("defense", each, report.defenses)
+            check_kind(f"{name} of {each!r}", given[each], (kind, list, tuple), way)
+        return {each: given[each] for each in report.defenses if each in (given or {})}
     if len(report.defenses) != 1:
         raise ValueError(
             f"expected {name} by defense, got one for {len(report.defenses)} defenses; give a dict of them"

@@ -29,9 +29,9 @@ from probdefense.validation import (
     check_count,
     check_inputs,
     check_kind,
-    check_like,
     check_log_probs,
     check_positive,
+    check_same,
     check_vector,
 )
 
@@ -205,7 +205,7 @@ def image_grid(
         >>> image_grid(x, (x + 0.1).clamp(0, 1)).shape
         (3, 4)
     """
-    check_like(x_adv, check_inputs(x), "x_adv")
+    check_same(x_adv, check_inputs(x), "x_adv")
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         raise ValueError(
             f"expected images (batch, 1 or 3 channels, height, width), got {tuple(x.shape)}; choose "

@@ -21,6 +21,7 @@ from probdefense.analysis.style import (
     note,
     percent,
     quiet,
+    short,
 )
 from probdefense.evaluation.arrays import exact
 from probdefense.evaluation.certification import Certificate
@@ -64,15 +65,15 @@ def accuracy_chart(
     height, ticks = 0.0, []
     for defense in report.defenses:
         height -= 1.4
-        ax.text(-0.01, height + 0.75, defense, fontweight="bold", ha="right", va="center")
+        ax.text(0, height + 0.75, short(defense), fontweight="bold", va="center", parse_math=False)
         for row in (row for row in rows if row["defense"] == defense):
             height -= 1.0
-            ticks.append((height + 0.75, row["attack"]))
+            ticks.append((height + 0.75, short(row["attack"], 20)))
             color = {"clean": MUTED, "worst": COLORS[1]}.get(row["attack"], COLORS[0])
             ax.plot([row["low"], row["high"]], [height + 0.75] * 2, color=color, linewidth=2, alpha=0.45)
             ax.plot(row["accuracy"], height + 0.75, "o", color=color, markersize=6, clip_on=False)
             ax.text(1.02, height + 0.75, _percent_and_interval(row), fontsize=8.5, va="center")
-    quiet(ax, "x").set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    quiet(ax, "x").set_yticks([at for at, _ in ticks], [name for _, name in ticks], parse_math=False)
     percent(ax, "x")
     ax.set_ylim(height + 0.2, 0.0)
     count = rows[0]["num_examples"]

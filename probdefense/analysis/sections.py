@@ -149,7 +149,8 @@ def compared(comparison: Comparison | None, report: Report) -> list[Table]:
         return []
     reach = max(row["eps"] for row in comparison.rows)
     shown = in_order([row for row in comparison.rows if row["eps"] in (0.0, reach)], report.defenses)
-    kept = [row for row in shown if row["attack"] in ("clean", "worst")] or shown
+    several = {(row["a"], row["b"]) for row in shown if row["attack"] == "worst"}
+    kept = [r for r in shown if r["attack"] in ("clean", "worst") or (r["a"], r["b"]) not in several]
     groups = [[r for r in kept if r["attack"] != "clean"], [r for r in kept if r["attack"] == "clean"]]
     caption = (
         f"Percentage points; {comparison.scope}. A gray line is no difference that these images and draws "

@@ -46,8 +46,13 @@ def heading(ax: Any, title: str, subtitle: str = "") -> None:
 
 def note(ax: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:
     """Text at an offset in points from a place in the data (or in other coordinates)."""
-    options = {"fontsize": 9, "annotation_clip": False} | options
+    options = {"fontsize": 9, "annotation_clip": False, "parse_math": False} | options
     ax.annotate(text, at, xytext=offset, textcoords="offset points", **options)
+
+
+def short(name: str, most: int = 32) -> str:
+    """A name for a picture, its end left out where it would leave no room for the data."""
+    return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def percent(ax: Any, axis: str, low: float = 0.0, high: float = 1.0) -> None:

@@ -142,8 +142,8 @@ class Exports:
             checks: `Checks` of the one defense, or by the names of several.
             certificates: A `Certificate` of the one defense, or by the names of several; of the first
                 examples of the report.
-            images: Clean and attacked images ``(x, x_adv)``, or such pairs by caption. Where the caption is
-                a defense, or ``"<defense> under <attack>"``, the labels before and after are shown.
+            images: Clean and attacked images ``(x, x_adv)``; or ``(x, x_adv, y, before, after)`` with two
+                `Prediction`, and then labels and probabilities before and after are shown. Or such by caption.
             figures: By caption, further matplotlib figures or axes.
             comparison: From `compare_all`; by default of all defenses, where they saw the same examples.
 
@@ -152,7 +152,7 @@ class Exports:
 
         Raises:
             TypeError: something else.
-            ValueError: a report without rows.
+            ValueError: a report without rows, or results of a defense that is not in it.
             OSError: the file cannot be written.
         """
         # Loaded by name: pictures stand above evaluation, and heavy libraries with them.

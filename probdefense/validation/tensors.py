@@ -99,6 +99,22 @@ def check_like(value: Any, x: Tensor, name: str) -> Tensor:
     return value
 
 
+def check_same(value: Any, x: Tensor, name: str) -> Tensor:
+    """Refuses anything but inputs of the shape of `x`, one for each of its rows; returns them.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: bad inputs, or others than `x` in shape or number.
+    """
+    value = check_like(value, x, name)
+    if len(value) != len(x):
+        raise ValueError(
+            f"expected {name} of shape {tuple(x.shape)}, one row for each of x, got {tuple(value.shape)}; "
+            "give both of the same examples"
+        )
+    return value
+
+
 def check_labels(y: Any, batch: int, name: str = "y") -> None:
     """Refuses anything but int64 labels, one per example.
 

@@ -251,6 +251,36 @@ def test_a_report_of_several_compares_them_and_wants_results_by_name(tmp_path):
             both.to_html(tmp_path, images=wrong)
 
 
+def test_pairs_under_attack_are_shown_where_there_is_no_worst_case(tmp_path):
+    """One attack is the worst case itself, and has no row of that name."""
+    comparison = compared()
+    assert {row["attack"] for row in comparison.rows} == {"clean", "fgsm"}
+    text = plain_text(page(tmp_path, comparison=comparison))
+    assert "fgsm 0.2 mean_prob" in text and "clean mean_prob" in text
+    two = plain_text(page(tmp_path, comparison=pd.compare_all(report())))
+    assert "plain - noisy fgsm 0.2 vote" in two and "plain - noisy pgd 0.2 vote" in two
+    assert "fgsm 0.1 vote" not in two
+
+
+def test_what_does_not_belong_to_the_report_is_refused(tmp_path):
+    one = pd.evaluate(pd.deterministic(tiny_net()), tiny_batch(6), {"fgsm": pd.attacks.fgsm}, name="net")
+    x, _ = tiny_batch(6)
+    found = pd.predict(pd.deterministic(tiny_net()), x)
+    labels = found.label
+    for wrong, match in (
+        ({"images": (x, x[:5])}, r"expected x_adv of shape \(6, "),
+        ({"images": {"net": (x, x[:5], labels, found, found)}}, r"expected x_adv of shape \(6, "),
+        ({"checks": {"net": "ok"}}, "expected checks of 'net' as Check"),
+        ({"checks": {"net": 3}}, "expected checks of 'net' as Check"),
+        ({"checks": {"nett": pd.checks.Checks(())}}, "unknown defense 'nett'; .*net"),
+        ({"certificates": {"net": "x"}}, "expected certificate of 'net' as"),
+        ({"certificates": {"net": None}}, "expected certificate of 'net' as"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=match):
+            one.to_html(tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())
+
+
 def test_pairs_stand_in_the_order_of_the_page(tmp_path):
     """The more robust one first, seen from its side, whatever the order of the comparison."""
     both = report()

@@ -1,5 +1,7 @@
 """Pictures show the numbers they are given, leave given axes' figure alone, and cut no text."""
 
+import re
+import warnings
 from functools import partial
 
 import matplotlib
@@ -13,6 +15,7 @@ from torch import nn
 import probdefense as pd
 from probdefense import analysis
 from probdefense.analysis.curves import RobustnessCurve
+from probdefense.analysis.drawings import inline_svg
 from probdefense.analysis.style import COLORS, label_ends
 from probdefense.evaluation.certification import Certificate
 from probdefense.evaluation.report import Report, proportion
@@ -78,6 +81,28 @@ def test_the_chart_has_one_dot_per_row_at_the_largest_radius():
     assert any("30 " in text for text in texts(ax)) and nothing_is_cut(ax)
     smaller = analysis.accuracy_chart(report(), eps=0.1)
     assert float(dots(smaller)[2][0, 0]) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "name", ["defense number 12", "x" * 60, r"$\frac{$", "$$", "\N{CJK UNIFIED IDEOGRAPH-6A21}"]
+)
+def test_any_name_fits_and_is_written_as_it_is(name):
+    """Long names cut nothing, dollar signs are no formula, and the reader's browser has the letters."""
+    found = report()
+    for row in found.rows:
+        row["defense"] = {"plain": name}.get(row["defense"], row["defense"])
+        row["attack"] = {"pgd": name}.get(row["attack"], row["attack"])
+    ax = analysis.accuracy_chart(found)
+    svg = inline_svg(ax.figure, "a")
+    assert {name if len(name) < 40 else f"{name[:31]}\N{HORIZONTAL ELLIPSIS}"} < set(texts(ax))
+    assert name[:20] in svg
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font here does not have
+        tight = ax.figure.get_tightbbox()
+    assert 72 * tight.width <= width
+    share = ax.get_position().width
+    assert share > 1 / 3, "nothing is left for the dots"
 
 
 def test_curves_of_a_report_pass_through_its_rows():

@@ -143,7 +143,7 @@ class Exports:
             certificates: A `Certificate` of the one defense, or by the names of several; of the first
                 examples of the report.
             images: Clean and attacked images ``(x, x_adv)``; or ``(x, x_adv, y, before, after)`` with two
-                `Prediction`, and then labels and probabilities before and after are shown. Or such by caption.
+                `Prediction`, whose labels and probabilities are shown then; or such by caption.
             figures: By caption, further matplotlib figures or axes.
             comparison: From `compare_all`; by default of all defenses, where they saw the same examples.
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from probdefense.evaluation.arrays import Arrays
 from probdefense.evaluation.intervals import Spread, holm, mean_spread
 from probdefense.evaluation.report import Report, Row, check_report
 from probdefense.tables import chance, format_table, html_table
@@ -151,10 +152,24 @@ def _several(reports: Any) -> list[Report]:
 
     Raises:
         TypeError: something else.
-        ValueError: a report without rows.
+        ValueError: a report without rows, or one that is given twice.
     """
-    several = [reports] if not isinstance(reports, list | tuple) else reports
-    return [check_report(report, "every report") for report in several]
+    given = [reports] if not isinstance(reports, list | tuple) else reports
+    several = [check_report(report, "every report") for report in given]
+    if any(is_same(*pair) for pair in itertools.combinations(several, 2)):
+        raise ValueError(
+            f"expected one report per seed of the training of {', '.join(several[0].defenses)}, got the same "
+            "report twice; give each once"
+        )
+    return several
+
+
+def is_same(one: Report, other: Report) -> bool:
+    """Whether two reports are one and the same: what is counted twice narrows every interval."""
+    keys = [Arrays.key("fingerprint", name) for name in one.defenses]
+    seen = [{*report.arrays[key].tolist()} for key in keys for report in (one, other) if key in report.arrays]
+    known = len(seen) == 2 * len(keys) and seen[::2] == seen[1::2]
+    return one is other or (known and one.settings == other.settings and one.rows == other.rows)
 
 
 class Place(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from probdefense.checks import Checks
 from probdefense.evaluation.arrays import Arrays
 from probdefense.evaluation.certification import Certificate
-from probdefense.evaluation.comparison import Comparison, compare_all
+from probdefense.evaluation.comparison import Comparison, compare_all, is_same
 from probdefense.evaluation.report import Report, Row, proportion
 from probdefense.files import together, whole
 from probdefense.study import store
@@ -118,17 +118,12 @@ def _another(report: Report, before: Sequence[Report]) -> Report:
         ValueError: it is.
     """
     for other in before:
-        if report.settings == other.settings and report.rows == other.rows and _seen(report) == _seen(other):
+        if is_same(report, other):
             raise ValueError(
                 f"expected one folder per seed of the training of {report.defenses[0]}, got the same report "
                 "twice; give each folder once"
             )
     return report
-
-
-def _seen(report: Report) -> set[int]:
-    """The fingerprints of what was evaluated."""
-    return {*report.arrays.get(Arrays.key("fingerprint", report.defenses[0]), np.zeros(1)).tolist()}
 
 
 def joined(several: Sequence[Report]) -> Report:

@@ -52,6 +52,22 @@ def test_a_defense_beside_itself_is_a_tie_that_is_not_certain():
     assert row["low"] == -row["high"] and 0 < row["high"] < 0.03
 
 
+def test_a_report_given_twice_is_not_two_seeds():
+    """Two copies look like two trainings that agree, with the narrowest interval there is."""
+    data = torch.rand(20, 4), torch.randint(3, (20,))
+    a, b, again = (
+        pd.evaluate(pd.deterministic(net), data, name=name)
+        for net, name in zip([nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)], "aba", strict=True)
+    )
+    copy = replace(a, rows=[dict(row) for row in a.rows])
+    for twice in ([a, a], [a, copy], [a, again, copy]):
+        with pytest.raises(ValueError, match="got the same report twice; give each once"):
+            pd.compare(twice, [b] * len(twice))
+    with pytest.raises(ValueError, match="training of a, b, got the same report twice"):
+        pd.compare_all([a + b, a + b])
+    assert pd.compare([a, again], [again, a]).rows[0]["difference"] == 0
+
+
 def test_pairing_sees_what_two_intervals_do_not():
     base = bits(0.5, 300)
     better = base | bits(0.12, 300, seed=1)

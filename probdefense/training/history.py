@@ -46,7 +46,7 @@ class History:
         lists = [getattr(self, name) for name in ("loss", "accuracy")]
         loss, accuracy = (f"{values[0]:.4g} to {values[-1]:.4g}" for values in lists)
         about = f"History of {len(self.loss)} epochs: loss {loss} nats, accuracy {accuracy}"
-        return f"{about}, {sum(self.seconds):.3g} seconds\n{format_table(self._rows, self._columns)}"
+        return f"{about}, {sum(self.seconds):.3g} seconds\n{format_table(self._rows, self._columns, ())}"
 
     def _repr_html_(self) -> str:
         return html_table(self._rows, self._columns, f"History of {len(self.loss)} epochs", percent=())

@@ -118,6 +118,7 @@ def test_the_texts_say_what_matters():
         "History of 2 epochs: loss 2 to 1 nats, accuracy 0.25 to 0.5, 3 seconds\nepoch  loss  accuracy  seconds"
     )
     assert repr(pd.History()) == "History of no epoch"
+    assert "0.25      1" in repr(history) and "25.0" not in repr(history)  # shares, as above the table
 
 
 def test_the_worst_case_cost_the_sum_of_its_attacks():

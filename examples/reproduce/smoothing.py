@@ -76,7 +76,10 @@ def rows(lab: Lab) -> Iterator[Row]:
                 low, high = accuracy_interval(held, crossed=False, random=False)
                 shown = {"accuracy": float(held.mean()), "low": float(low), "high": float(high)}
                 paper = PAPER.get((name, sigma), {}).get(radius)
-                yield figure(f"sigma {sigma:g}", name, shown, paper=paper, radius=radius, norm=2, alpha=0.001)
+                told = {"radius": radius, "norm": 2, "alpha": 0.001}
+                if radius > certificate.largest:
+                    told["note"] = f"beyond {certificate.largest:.3g}, the most that {lab.n} draws certify"
+                yield figure(f"sigma {sigma:g}", name, shown, paper=paper, **told)
             spread = torch.quantile(certificate.radius.double(), torch.tensor([0.25, 0.5, 0.75]).double())
             low, middle, high = spread.tolist()
             shown = {"value": middle, "low": low, "high": high}

@@ -118,7 +118,8 @@ def accuracy_against_queries(
     quiet(ax).set_xscale("log")
     percent(ax, "y")
     ax.set_xlabel("queries per image")
-    ax.legend(frameon=False)
+    for text in ax.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
     heading(ax, "Accuracy against queries", f"{attack}, {norm_name(report)} radius {radius:g}, rule {rule}")
     return ax
 

@@ -105,6 +105,13 @@ def test_any_name_fits_and_is_written_as_it_is(name):
     assert share > 1 / 3, "nothing is left for the dots"
 
 
+def test_a_legend_writes_names_as_they_are():
+    data = torch.rand(6, 4), torch.zeros(6).long()
+    attacks = {"square": pd.attacks.square}
+    found = pd.evaluate(pd.deterministic(nn.Linear(4, 3)), data, attacks, max_queries=[2, 5], name="$$")
+    assert "$$" in inline_svg(analysis.accuracy_against_queries(found, "square").figure, "a")
+
+
 def test_curves_of_a_report_pass_through_its_rows():
     ax = analysis.robustness_curves(report())
     plain, noisy = dots(ax)

@@ -106,9 +106,8 @@ def test_any_name_fits_and_is_written_as_it_is(name):
 
 
 def test_a_legend_writes_names_as_they_are():
-    data = torch.rand(6, 4), torch.zeros(6).long()
     attacks = {"square": pd.attacks.square}
-    found = pd.evaluate(pd.deterministic(nn.Linear(4, 3)), data, attacks, max_queries=[2, 5], name="$$")
+    found = pd.evaluate(pd.deterministic(tiny_net()), tiny_batch(6), attacks, max_queries=[5, 20], name="$$")
     assert "$$" in inline_svg(analysis.accuracy_against_queries(found, "square").figure, "a")
 
 

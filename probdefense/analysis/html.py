@@ -111,7 +111,7 @@ def write_html(
     import jinja2
 
     check_report(report)
-    check_kind("folder", folder, (str, os.PathLike), "give the path of a folder")
+    check_kind("folder", folder, (str, os.PathLike), "give a folder, or a file that ends in .html")
     if comparison is not None:
         check_kind("comparison", comparison, Comparison, "probdefense.compare_all(report) makes one")
     check_kind("figures", {} if figures is None else figures, Mapping, "give figures by their captions")

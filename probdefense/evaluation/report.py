@@ -301,7 +301,8 @@ def _read(folder: Path) -> tuple[str, Arrays, dict[str, float]]:
         return text, kept, json.loads((folder / "timing.json").read_text())
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"expected the files of a report in {folder}, found no {error.filename}; Report.save writes them"
+            f"expected the files of a report in {folder}, found no {error.filename}; Report.save and "
+            "probdefense evaluate write them"
         ) from error
     except (ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(

@@ -278,6 +278,10 @@ def test_what_does_not_belong_to_the_report_is_refused(tmp_path):
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             one.to_html(tmp_path, **wrong)
+    with pytest.raises(TypeError, match="give a folder, or a file that ends in .html"):
+        one.to_html(3)
+    with pytest.raises(OSError, match="Report.save and probdefense evaluate write them"):
+        pd.Report.load(tmp_path / "nothing")
     assert not list(tmp_path.iterdir())
 
 

@@ -127,7 +127,7 @@ def report(
         Path | None, typer.Option(help="Folder to write to; the one that is read, or 'out' for several.")
     ] = None,
 ) -> None:
-    """Make report.html and robustness.png anew from what was saved.
+    """Make report.html and robustness.png anew from what was saved: all but the images under attack.
 
     Several folders: every pair of defenses is compared; folders of the same defenses are seeds of their
     training, joined as replicates.

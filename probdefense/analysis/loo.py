@@ -66,7 +66,7 @@ def loo(tree: Any) -> Loo:
     counted, and their density is the harmonic mean that smoothing would leave as it is. Where noise
     alone is random (on weights too) nothing was fitted by the draws, so leaving an example out changes
     nothing and the answer is $\log \frac1S \sum_s p(y_i \mid x_i, \varepsilon_s)$, without a $\hat k$.
-    On test data that holds for every defense.
+    On test data that holds for every defense. Below 25 draws no tail is fitted and $\hat k$ is NaN.
 
     Args:
         tree: From ``to_arviz(defense, (x, y))``.

@@ -82,15 +82,9 @@ def adaptation(device: torch.device) -> dict[str, Any]:
     pd.fit(base, DataLoader(train, 64, shuffle=True), epochs=3, progress=False)
     seconds = {}
     for group in (1, 50):
-        settings: dict[str, Any] = {
-            "num_neighbors": 256,
-            "max_epochs": 5,
-            "learning_rate": 1e-3,
-            "group": group,
-        }
-        adaptive = pd.rmc(
-            base, train, attack=partial(pd.attacks.pgd, eps=0.1, num_steps=10), **settings, group=group
-        )
+        settings: dict[str, Any] = {"num_neighbors": 256, "max_epochs": 5, "learning_rate": 1e-3}
+        inner = partial(pd.attacks.pgd, eps=0.1, num_steps=10)
+        adaptive = pd.rmc(base, train, attack=inner, group=group, **settings)
         start, count = time.process_time(), 5 if group == 1 else 50
         adaptive.respond(test.tensors[0][:count], seed=0)
         seconds[group] = (time.process_time() - start) / count

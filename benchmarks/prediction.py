@@ -36,6 +36,7 @@ def held(run: Any) -> Any:
     "predict-weights",
     "predictive S=50, weights, CNN 100k, B=1 / (50 forwards + their normals)",
     1.1,
+    rounds=41,
     why="a pass takes 0.4 ms, of which the key of its draw and putting its weights into the network are some",
 )
 def predict_weights(device: torch.device) -> Variants:
@@ -75,7 +76,7 @@ def predict_shared(device: torch.device) -> Variants:
     return {"floor": floor, "ours": lambda: pd.predict(rse, x, 4)}
 
 
-@benchmark("predict-fresh", "the same, fresh / (forwards + their normals)", 1.05, rounds=5)
+@benchmark("predict-fresh", "the same, fresh / (forwards + their normals)", 1.05, rounds=9)
 def predict_fresh(device: torch.device) -> Variants:
     net, x = pd.models.resnet20().to(device).eval(), torch.rand(64, 3, 32, 32, device=device)
     rse = pd.defenses.rse(net).eval()

@@ -133,7 +133,7 @@ def svi_tensors(device: torch.device) -> Variants:
     "svi-mlp",
     "SVI step, MLP 270k, B=64 / deterministic",
     2.6,
-    rounds=25,
+    rounds=101,
     why="the step is bound by memory: twice the parameters, their normals and KL; by hand it costs more",
 )
 def svi_mlp(device: torch.device) -> Variants:

@@ -41,7 +41,7 @@ SCALES = {
         "images": 20,
         "worlds": [DIGITS | {"train_images": 500, "images": 20, "held_out": 20, "epochs": 4}],
     },
-    "cpu": {**COMMON, "seeds": [0, 1, 2], "budget": 1000, "search_budget": 400, "finalists": 2}
+    "cpu": {**COMMON, "seeds": list(range(7)), "budget": 1000, "search_budget": 400, "finalists": 2}
     | {"worlds": [DIGITS, MNIST]},
     "gpu": {**COMMON, "seeds": [0, 1, 2], "budget": 5000, "search_budget": 400, "finalists": 2}
     | {
@@ -69,6 +69,7 @@ def candidates(lab: Lab, num_data: int) -> dict[str, tuple[Callable[[], Any], Ca
     return {
         "pgd_training": (plain, lab.adversarial),
         "trades": (plain, lambda: trades(lab.inner_attack(), beta=6.0)),
+        "noisy_trades": (noisy, lambda: trades(lab.inner_attack(), beta=6.0)),
         "learned_noise": (noisy, lab.adversarial),
         "correlated_noise": (partial(noisy, covariance="full"), lab.adversarial),
         "adv_bnn": (bayesian, lambda: lab.adversarial(small)),

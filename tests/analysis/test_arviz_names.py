@@ -66,7 +66,7 @@ def values(tree, group, name):
     return np.asarray(tree[group][name])
 
 
-@pytest.mark.parametrize("shape", [(), (2, 3)])
+@pytest.mark.parametrize("shape", [(), pytest.param((2, 3), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OURS)
 def test_a_latent_may_have_any_name(name, shape, tmp_path):
     defense, data = autoguided(Named(name, shape=shape)), batch()

@@ -63,7 +63,7 @@ def write_mnist(raw, images=5, labels=5, cut=0, packed=False, swapped=False):
 
 
 @pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_idx_files_are_read_without_torchvision(tmp_path, name, folder, packed):
     write_mnist(tmp_path / folder / "raw", packed=packed)
     code = (

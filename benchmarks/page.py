@@ -134,7 +134,7 @@ def _verdict(value: float, target: float | None, least: bool) -> str:
 
 def _details(rows: dict[str, Any]) -> str:
     """The other variants, and what a number is made of."""
-    lines = ["### Details", ""]
+    lines = ["", "### Details", ""]
     for row in rows.values():
         missed = _verdict(row["value"], row["target"], row["least"]).startswith("missed")
         parts = [row["why"]] if missed and row.get("why") else []

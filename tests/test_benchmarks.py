@@ -21,6 +21,12 @@ def test_the_page_is_made_of_the_results_and_of_nothing_else():
     assert set(page.TODAY) <= rows.keys()
 
 
+def test_every_heading_of_the_page_stands_alone():
+    """Right below a table Markdown would take it for a row."""
+    lines = page.PAGE.read_text().splitlines()
+    assert all(not lines[k - 1] for k, line in enumerate(lines) if k and line.startswith("#"))
+
+
 @pytest.mark.parametrize(
     ("value", "target", "least", "said"),
     [(1.04, 1.05, False, "met"), (1.2, 1.05, False, "missed by 0.15"), (4.0, 5.0, True, "missed by 1.00")],

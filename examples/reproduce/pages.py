@@ -33,16 +33,18 @@ def page(result: dict[str, Any]) -> str:
     parts = [f"# {result['title']}", result["about"]]
     parts += [found.read_text().strip()] if found.exists() else []
     parts += [f"```bash\n{result['command']}\n```"]
+    radii = {row["eps"] for row in result["rows"] if row.get("eps")}
+    columns = ("eps", *COLUMNS) if len(radii) > 1 else COLUMNS
     for title in dict.fromkeys(row["table"] for row in result["rows"]):
-        parts += [f"## {title}", table([row for row in result["rows"] if row["table"] == title])]
+        parts += [f"## {title}", table([row for row in result["rows"] if row["table"] == title], columns)]
     if (RESULTS / f"{result['item']}.png").exists():
         parts += ["## Images", f"![{PICTURES[result['item']]}]({result['item']}.png)"]
     return "\n\n".join([*parts, card(result)]) + "\n"
 
 
-def table(rows: list[Row]) -> str:
-    """The rows of one table."""
-    shown = [column for column in COLUMNS if len({row.get(column) for row in rows}) > 1]
+def table(rows: list[Row], columns: Iterable[str] = COLUMNS) -> str:
+    """The rows of one table; radii are shown where a page has several."""
+    shown = [column for column in columns if len({row.get(column) for row in rows}) > 1]
     optional = {
         "paper": any(row.get("paper") is not None for row in rows),
         "note": any("note" in r for r in rows),

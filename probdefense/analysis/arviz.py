@@ -25,7 +25,6 @@ from probdefense.analysis.trees import (
     predictive,
     whole,
 )
-from probdefense.analysis.trees import joined as _joined  # noqa: F401
 from probdefense.core.defense import Defense
 from probdefense.evaluation.report import Report
 from probdefense.prediction.predictive import Prediction

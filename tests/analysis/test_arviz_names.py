@@ -14,7 +14,7 @@ from torch import nn
 import probdefense as pd
 from probdefense import analysis
 from probdefense.analysis import fits, to_arviz
-from probdefense.analysis.arviz import _joined
+from probdefense.analysis.trees import joined
 
 N = 12
 
@@ -145,4 +145,4 @@ def test_groups_are_joined_in_a_tree_of_xarray_too():
         xarray.DataTree.from_dict({name: xarray.Dataset({"a": 0})})
         for name in ("posterior", "log_likelihood")
     )
-    assert list(_joined(one, two).children) == ["posterior", "log_likelihood"]
+    assert list(joined(one, two).children) == ["posterior", "log_likelihood"]
